@@ -1,0 +1,53 @@
+# make setup   a virtual environment with everything (.venv)
+# make smoke   the main job on tiny models: convert, fine-tune 500 iterations, grade, report
+# make test    format, lint, types, import layers, tests
+# make slow    the wider test matrix that `make test` leaves out
+# make lock    write requirements.lock from the installed environment
+
+PYTHON := .venv/bin/python
+export PYTHONHASHSEED := 0
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup smoke lint types layers unit test slow lock clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml requirements.lock
+	@python312=$$(sh scripts/find_python.sh) && { [ -x $(PYTHON) ] || "$$python312" -m venv .venv; }
+	$(PYTHON) -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+smoke: setup
+	.venv/bin/qwen-harness smoke
+
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/codespell
+
+types: setup
+	.venv/bin/basedpyright
+
+layers: setup
+	.venv/bin/lint-imports
+
+unit: setup
+	$(PYTHON) -m pytest -m "not slow and not gpu"
+
+test: lint types layers unit
+
+slow: setup
+	$(PYTHON) -m pytest -m "slow and not gpu"
+
+lock:
+	{ echo '# Every package of a tested environment (Python 3.12, Linux x86-64); `make lock` writes it anew.'; \
+	  $(PYTHON) -m pip freeze --exclude-editable; } > requirements.lock.partial
+	mv requirements.lock.partial requirements.lock
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which family a checkpoint belongs to, and where that family's modules are. Torch-free."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from models.contract.architecture import FAMILIES, Architecture, Family
+from models.contract.errors import ConfigError
+
+FAMILY_OF_MODEL_TYPE: dict[str, Family] = {
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_omni_moe": "qwen3_omni",
+}
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a HF checkpoint folder.
+
+    Raises:
+        ConfigError: the folder or the file is missing, or the file is not JSON (half-written).
+    """
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise ConfigError(
+            "checkpoint folder not found",
+            where=str(folder),
+            expected="a Hugging Face checkpoint folder",
+            fix="check the path, or `checkpoints` in site.toml",
+        )
+    if not file.is_file():
+        raise ConfigError(
+            "checkpoint has no config.json", where=str(folder), fix="download the checkpoint again"
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("config.json is not valid JSON", where=str(file), got=str(error)) from None
+
+
+def detect_family(hf_config: dict[str, Any], *, where: str = "config.json") -> Family:
+    """Family of a HF config, by its ``model_type``. Raises ConfigError for an unknown architecture."""
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILY_OF_MODEL_TYPE:
+        raise ConfigError(
+            "unknown architecture",
+            where=where,
+            expected=f"model_type one of {', '.join(FAMILY_OF_MODEL_TYPE)}",
+            got=f"model_type = {model_type!r}",
+            fix="use a supported checkpoint, or add a family as CONTRIBUTING.md describes",
+        )
+    return FAMILY_OF_MODEL_TYPE[model_type]
+
+
+def family_part(family: Family, part: Literal["config", "model", "weights", "data"]) -> ModuleType:
+    """Import ``models.<family>.<part>``."""
+    if family not in FAMILIES:
+        raise ConfigError("unknown family", expected=", ".join(FAMILIES), got=family)
+    return importlib.import_module(f"models.{family}.{part}")
+
+
+def load_architecture(folder: Path) -> Architecture:
+    """Sizes of the checkpoint in `folder`, from its ``config.json``."""
+    hf_config = read_hf_config(folder)
+    family = detect_family(hf_config, where=str(folder / "config.json"))
+    return family_part(family, "config").ModelConfig.from_hf(hf_config)
