@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders verdicts and runs as HTML, Markdown and JSON."""
+"""The report: run directories in, self-contained HTML, Markdown and JSON out."""

@@ -63,8 +63,29 @@ def family_part(family: Family, part: Literal["config", "model", "weights", "dat
     return importlib.import_module(f"models.{family}.{part}")
 
 
+PUBLISHED = Path(__file__).parent / "published"
+"""One small ``config.json`` for each published size, for random-weight runs and for planning."""
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """HF config of a published size, such as ``qwen3_vl_30b_a3b``. Raises ConfigError with the known names."""
+    file = PUBLISHED / f"{name}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in PUBLISHED.glob("*.json")))
+        raise ConfigError("unknown published size", expected=f"one of {known}", got=name)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def published_architecture(name: str) -> Architecture:
+    """Sizes of a published model, such as ``qwen2_5_vl_7b``."""
+    return architecture_from_hf(published_config(name))
+
+
+def architecture_from_hf(hf_config: dict[str, Any], *, where: str = "config.json") -> Architecture:
+    """Sizes that a HF config describes."""
+    return family_part(detect_family(hf_config, where=where), "config").ModelConfig.from_hf(hf_config)
+
+
 def load_architecture(folder: Path) -> Architecture:
     """Sizes of the checkpoint in `folder`, from its ``config.json``."""
-    hf_config = read_hf_config(folder)
-    family = detect_family(hf_config, where=str(folder / "config.json"))
-    return family_part(family, "config").ModelConfig.from_hf(hf_config)
+    return architecture_from_hf(read_hf_config(folder), where=str(folder / "config.json"))

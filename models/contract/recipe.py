@@ -46,6 +46,8 @@ class DataSection(BaseModel):
     seq_length: int = Field(ge=16)
     padding: Literal["max_length", "longest"] = "max_length"
     packing: bool = False
+    vision_tokens_per_pack: int | None = Field(default=None, ge=1)
+    """Most merged vision tokens of one pack; None leaves `seq_length` as the only bound."""
     loss_mask: Literal["assistant", "vqa_reference"] = "assistant"
     preprocessing: Literal["hf", "reference"] = "hf"
     min_pixels: int | None = Field(default=None, ge=1)
@@ -144,6 +146,8 @@ class CheckpointSection(BaseModel):
     keep_last: int = Field(default=2, ge=1)
     save_optimizer: bool = True
     async_save: bool = False
+    resharding: Literal["data", "any"] = "data"
+    """Layout changes that a resume may take: another data-parallel size only, or any (slower to save)."""
 
 
 class Recipe(BaseModel):

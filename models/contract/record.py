@@ -61,7 +61,7 @@ class RunInfo(BaseModel):
     checkpoint_fingerprint: str | None = None
     dataset_fingerprint: str | None = None
     data_order_digest: str | None = None
-    """sha256 over the sample keys in the order they were consumed, so far."""
+    """sha256 over the sample digests of all steps so far, in order."""
     num_parameters: dict[str, int] = Field(default_factory=dict)
     """total, trainable, language, vision, audio."""
     sample_counts: dict[str, int] = Field(default_factory=dict)
@@ -103,7 +103,7 @@ class StepMetrics(BaseModel):
     peak_memory_bytes: int = 0
     """Largest over ranks; 0 where it is not measured."""
     sample_digest: str = ""
-    """First 16 hex digits of the sha256 over this step's sample keys in order, all ranks."""
+    """First 16 hex digits of the sha256 over this step's sample keys of all ranks, sorted: no layout changes it."""
     megatron_flops: float = 0.0
     """FLOPs of this step by Megatron's formula: decoder only, padded (`megatron_lm_padded`)."""
     model_flops: float = 0.0

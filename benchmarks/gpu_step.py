@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time training steps of published sizes on fixed shapes, beside a matrix-product ceiling measured in the same run.
+
+    python -m benchmarks.gpu_step "--model qwen2_5_vl_7b --num-layers 8 --images 20" "--model qwen3_vl_8b"
+    torchrun --nproc-per-node 8 -m benchmarks.gpu_step "--model qwen2_5_vl_7b --micro-batches 8"
+
+Each argument is one case, run one after the other in the same process. Weights are random and the optimizer steps for
+real. Rank 0 prints one JSON line a case; a case that fails prints its error and the next one runs.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import shlex
+import statistics
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from benchmarks.mock_batch import MockShape, mock_batch
+from models.contract.architecture import Architecture
+from models.contract.errors import HarnessError
+from models.contract.families import published_architecture
+from models.contract.flops import megatron_flops, model_flops
+from models.contract.recipe import Recipe, parse_recipe
+from models.training.cpu import cpu_megatron
+from models.training.megatron_engine import MegatronEngine
+from models.training.parallel import read_launcher_environment, start_megatron, stop_distributed
+
+
+def matmul_ceiling(size: int = 8192, repeats: int = 20) -> float:
+    """TFLOP/s of a dense bf16 product of random square matrices, median of `repeats`."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.mm(a, b)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * size**3 / statistics.median(times[3:]) / 1e9
+
+
+def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Recipe:
+    """Recipe of the benchmark: fixed shapes, one micro-batch row a process."""
+    data_parallel = world_size // (options.tp * options.pp * options.cp)
+    return parse_recipe(
+        {
+            "name": "gpu-step",
+            "num_processes": world_size,
+            "model": {
+                "family": family,
+                "checkpoint": options.model,
+                "init": "random",
+                "attention_backend": options.backend,
+            },
+            "data": {"dataset": "mock", "seq_length": options.seq_length, "packing": options.samples > 1},
+            "train": {
+                "train_iters": options.steps,
+                "micro_batch_size": 1,
+                "global_batch_size": options.micro_batches * data_parallel,
+            },
+            "optimizer": {"lr": 1e-5, "use_precision_aware_optimizer": options.precision_aware},
+            "parallel": {
+                "tensor_model_parallel_size": options.tp,
+                "sequence_parallel": options.tp > 1,
+                "pipeline_model_parallel_size": options.pp,
+                "context_parallel_size": options.cp,
+                "expert_model_parallel_size": options.ep,
+                "overlap_grad_reduce": torch.cuda.is_available(),
+                "overlap_param_gather": torch.cuda.is_available(),
+            },
+            "precision": {
+                "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+                "grad_reduce_in_fp32": not options.bf16_grads,
+                "recompute": options.recompute,
+                **({"fp8": options.fp8} if options.fp8 else {}),
+            },
+        },
+        where="benchmarks/gpu_step.py",
+    )
+
+
+def one_step(engine: MegatronEngine, batches: list[Any], options: argparse.Namespace) -> None:
+    """Forward and backward of all micro-batches, and the update unless it is left out."""
+    denominator = sum(batch.num_supervised_tokens for batch in batches) * engine.ranks.dp_size
+    engine.forward_backward(batches, denominator)
+    if not options.no_update:
+        engine.update()
+
+
+def time_steps(engine: MegatronEngine, batches: list[Any], options: argparse.Namespace) -> list[float]:
+    """Wall times of whole steps in ms, device synchronised around each."""
+    times = []
+    for _ in range(options.steps + options.warm_up):
+        synchronize()
+        start = time.perf_counter()
+        one_step(engine, batches, options)
+        synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times[options.warm_up :]
+
+
+def synchronize() -> None:
+    """Wait for the device, and for every rank."""
+    distributed.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def profile_step(engine: MegatronEngine, batches: list[Any], options: argparse.Namespace) -> None:
+    """Write the table of kernels of one step, by device time."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        one_step(engine, batches, options)
+        torch.cuda.synchronize()
+    table = profiler.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70
+    )
+    Path(options.profile).write_text(table, encoding="utf-8")
+
+
+def summarise(
+    options: argparse.Namespace,
+    recipe: Recipe,
+    architecture: Architecture,
+    times: list[float],
+    ceiling: float,
+) -> dict[str, Any]:
+    """One row of the table."""
+    step_time_ms = statistics.median(times)
+    world_size, rows = recipe.num_processes, recipe.train.global_batch_size
+    padded = megatron_flops(architecture.text, num_sequences=rows, seq_length=options.seq_length)
+    side = options.image_size // architecture.vision.patch_size
+    real = rows * model_flops(
+        architecture,
+        sample_lengths=[options.seq_length // options.samples] * options.samples,
+        grid_thw=[(1, side, side)] * options.images,
+    )
+    rate = 1e-9 / step_time_ms / world_size
+    return {
+        **{key: value for key, value in vars(options).items() if value},
+        "world_size": world_size,
+        "step_time_ms": round(step_time_ms, 2),
+        "spread_ms": round(max(times) - min(times), 2),
+        "padded_tokens_per_second_per_gpu": round(
+            rows * options.seq_length / step_time_ms * 1e3 / world_size, 1
+        ),
+        "megatron_tflops_per_gpu": round(padded * rate, 1),
+        "model_tflops_per_gpu": round(real * rate, 1),
+        "matmul_ceiling_tflops": round(ceiling, 1),
+        "model_share_of_ceiling": round(real * rate / ceiling, 4) if ceiling else None,
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def case_parser() -> argparse.ArgumentParser:
+    """Options of one case."""
+    parser = argparse.ArgumentParser(prog="case", add_help=False, exit_on_error=False)
+    parser.add_argument(
+        "--model", default="qwen2_5_vl_7b", help="published size, see models/contract/published"
+    )
+    parser.add_argument("--num-layers", type=int, default=0, help="keep the first decoder layers only")
+    parser.add_argument("--vision-layers", type=int, default=0, help="keep the first vision layers only")
+    parser.add_argument("--seq-length", type=int, default=8192)
+    parser.add_argument("--samples", type=int, default=1, help="samples packed in a row")
+    parser.add_argument("--images", type=int, default=0, help="images in a row")
+    parser.add_argument("--image-size", type=int, default=448)
+    parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--no-update", action="store_true", help="forward and backward only")
+    parser.add_argument("--backend", default="auto", choices=["auto", "te", "torch"])
+    parser.add_argument("--fp8", default="", choices=["", "tensorwise", "blockwise", "delayed"])
+    parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
+    parser.add_argument("--bf16-grads", action="store_true", help="reduce gradients in bf16 instead of fp32")
+    parser.add_argument("--precision-aware", action="store_true")
+    parser.add_argument("--profile", default="", help="write the profiler's table of one step to this file")
+    for name in ("tp", "pp", "cp", "ep"):
+        parser.add_argument(f"--{name}", type=int, default=1)
+    return parser
+
+
+def run_case(options: argparse.Namespace, ceiling: float) -> dict[str, Any] | None:
+    """Build, time and take down one case; the row on rank 0, None elsewhere."""
+    architecture = published_architecture(options.model)
+    if options.vision_layers:
+        kept = tuple(i for i in architecture.vision.deepstack_visual_indexes if i < options.vision_layers)
+        vision = dataclasses.replace(
+            architecture.vision, num_layers=options.vision_layers, deepstack_visual_indexes=kept
+        )
+        architecture = dataclasses.replace(architecture, vision=vision)
+    if options.num_layers:
+        text = dataclasses.replace(architecture.text, num_layers=options.num_layers)
+        architecture = dataclasses.replace(architecture, text=text)
+    launcher = read_launcher_environment()
+    recipe = make_recipe(options, launcher.world_size, architecture.family)
+    ranks = start_megatron(recipe, launcher, timeout_s=300)
+    try:
+        engine = MegatronEngine(recipe, architecture, ranks, ())
+        engine.prepare()
+        shape = MockShape(
+            seq_length=options.seq_length, num_images=options.images, image_size=options.image_size,
+            num_samples=options.samples,
+        )  # fmt: skip
+        batches = [
+            mock_batch(architecture, shape, seed=ranks.dp_rank * 1000 + index, device="cpu")
+            for index in range(options.micro_batches)
+        ]
+        times = time_steps(engine, batches, options)
+        if options.profile and ranks.rank == 0:
+            profile_step(engine, batches, options)
+        return summarise(options, recipe, architecture, times, ceiling) if ranks.rank == 0 else None
+    finally:
+        stop_distributed()
+
+
+def main() -> None:
+    """Run every case of the command line."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(f"{__doc__}\n{case_parser().format_usage()}")
+    cases = [case_parser().parse_args(shlex.split(argument)) for argument in sys.argv[1:]]
+    patches = nullcontext() if torch.cuda.is_available() else cpu_megatron()
+    with patches:
+        ceiling = matmul_ceiling() if torch.cuda.is_available() else 0.0
+        for number, options in enumerate(cases):
+            os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", "29500")) + 1)
+            try:
+                row = run_case(options, ceiling)
+            except (RuntimeError, TypeError, ValueError, AssertionError, HarnessError) as error:
+                traceback.print_exc()
+                row = {"case": sys.argv[number + 1], "error": f"{type(error).__name__}: {error}"[:300]}
+            if row is not None and int(os.environ.get("RANK", "0")) == 0:
+                print(json.dumps(row), flush=True)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts one training run and watches it: torchrun in its own process group, attempts, time budget, failures.
+
+The child writes the run directory; this module adds `launch.log` (everything the processes printed) and
+`attempts.json`. A failure is classified by the phase it happened in and by its exception:
+
+    before iteration 1, an infrastructure exception    infra      retried, at most twice
+    before iteration 1, an error of ours (ConfigError…) refused   the recipe, data or checkpoint is wrong: not retried
+    anything later, or any other exception             result     what the code does: never retried
+    past the time budget                               timeout    killed with its whole process group, not retried
+    Ctrl-C or a termination signal                     interrupted
+
+An attempt that is retried is moved to `attempt-N/` inside the run directory, so nothing is lost.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.cases import Case
+from harness.hardware import REPOSITORY
+from models.contract.errors import RunError
+from models.contract.record import METRICS_FILE, RUN_FILE
+
+logger = logging.getLogger(__name__)
+
+LAUNCH_LOG = "launch.log"
+ATTEMPTS_FILE = "attempts.json"
+MAX_INFRA_RETRIES = 2
+GRACE_SECONDS = 40.0
+"""Between asking a process group to stop and killing it; torchrun gives its workers 30."""
+
+AttemptKind = Literal["completed", "infra", "refused", "result", "timeout", "interrupted"]
+
+# Exceptions that say something about the machine when they come before the first iteration.
+_INFRA_PATTERNS = (
+    r"NCCL error|ncclSystemError|ncclUnhandledCudaError|ncclInternalError|HCCL",
+    r"DistNetworkError|DistStoreError|RendezvousConnectionError|RendezvousTimeoutError",
+    r"gloo.*(timed? ?out|refused|reset)",
+    r"Address already in use|EADDRINUSE|Connection (refused|reset)|Network is unreachable",
+    r"uncorrectable ECC|Xid \d+|GPU has fallen off the bus|device unavailable|CUDA-capable device\(s\) is/are busy",
+    r"No space left on device|Stale file handle|Input/output error|Remote I/O error",
+    r"Cannot allocate memory|DefaultCPUAllocator: can't allocate",
+)
+_OUR_ERRORS = re.compile(
+    r"^(?:\[[^\]]*\]:)?\s*(?:[\w.]+\.)?"
+    r"(ConfigError|DataError|WeightMappingError|ShapeError|EnvironmentMismatch|BaselineError|RunError): (.*)$",
+    re.MULTILINE,
+)
+_EXCEPTION_LINE = re.compile(
+    r"^(?:\[[^\]]*\]:)?\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Mismatch))(?:: (.*))?$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One start of the training processes."""
+
+    number: int
+    started_at: str
+    duration_s: float
+    exit_code: int
+    """Of torchrun; negative: the signal that ended it."""
+    kind: AttemptKind
+    phase: str
+    """`startup` before the first iteration has finished, else `training`, `saving` or `done`."""
+    last_iteration: int
+    reason: str
+    directory: str
+    """Where this attempt's files are, relative to the run directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchResult:
+    """A run that was started, however it ended."""
+
+    run_dir: Path
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def last(self) -> Attempt:
+        """The attempt whose files are in the run directory."""
+        return self.attempts[-1]
+
+    @property
+    def completed(self) -> bool:
+        """Whether the last attempt reached its end."""
+        return self.last.kind == "completed"
+
+
+Progress = Callable[[int, dict[str, Any]], None]
+"""Called with the last finished iteration and its metrics."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """How a launch is watched."""
+
+    time_budget_s: float | None = None
+    """Wall-clock limit of one attempt; its whole process group is stopped when it is over."""
+    progress: Progress | None = None
+    cancel: threading.Event | None = None
+    """Set by another thread to stop as Ctrl-C would."""
+
+
+def train_command(recipe_file: Path, run_dir: Path, num_processes: int, site_file: Path | None) -> list[str]:
+    """Command line of one training run."""
+    site = ["--site", str(site_file)] if site_file else []
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
+        "-m", "models.entry.train", "--recipe", str(recipe_file), "--run-dir", str(run_dir), *site,
+    ]  # fmt: skip
+
+
+def launch_case(
+    case: Case,
+    run_dir: Path,
+    *,
+    site_file: Path | None = None,
+    num_threads: int | None = None,
+    watch: Watch | None = None,
+) -> LaunchResult:
+    """Train one case. `num_threads` limits the threads of each process on a CPU."""
+    command = train_command(case.recipe_file, run_dir, case.recipe.num_processes, site_file)
+    return launch(command, run_dir, environment=child_environment(case.hardware, num_threads), watch=watch)
+
+
+def launch(
+    command: list[str],
+    run_dir: Path,
+    *,
+    environment: dict[str, str] | None = None,
+    watch: Watch | None = None,
+) -> LaunchResult:
+    """Run `command`, which writes `run_dir`, to its end; retry infrastructure failures before iteration 1.
+
+    Raises:
+        RunError: `run_dir` already holds a run.
+        KeyboardInterrupt: after the processes were stopped and the attempt was recorded.
+    """
+    if (run_dir / RUN_FILE).exists() or (run_dir / ATTEMPTS_FILE).exists():
+        raise RunError(
+            "the run directory already holds a run",
+            where=str(run_dir),
+            expected="a new or empty folder",
+            fix="choose another folder; results are never overwritten",
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    attempts: list[Attempt] = []
+    while True:
+        attempt, interrupt = _one_attempt(
+            command, run_dir, len(attempts) + 1, environment or dict(os.environ), watch or Watch()
+        )
+        retry = attempt.kind == "infra" and len(attempts) < MAX_INFRA_RETRIES
+        if retry:
+            attempt = _set_aside(run_dir, attempt)
+        attempts.append(attempt)
+        _write_attempts(run_dir, attempts)
+        if interrupt is not None:
+            raise interrupt
+        if not retry:
+            return LaunchResult(run_dir=run_dir, attempts=tuple(attempts))
+        logger.warning(
+            "attempt %d failed before iteration 1, trying again: %s", attempt.number, attempt.reason
+        )
+
+
+def child_environment(hardware: str, num_threads: int | None = None) -> dict[str, str]:
+    """Environment of the training processes; a `cpu` case sees no accelerator."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    environment["PYTHONUNBUFFERED"] = "1"
+    # mcore's overlap needs one hardware queue on GPUs before Blackwell, and asserts it
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if hardware == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if num_threads:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
+    return environment
+
+
+def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
+    """Recorded attempts of a run directory; empty when it was not started by the launcher."""
+    file = run_dir / ATTEMPTS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def classify_failure(
+    *, exit_code: int, log: str, last_iteration: int, phase: str, timed_out: bool = False
+) -> tuple[AttemptKind, str]:
+    """Name the kind of an ended attempt, and its reason in one line."""
+    if timed_out:
+        return "timeout", "ran past its time budget"
+    if exit_code == 0:
+        return "completed", ""
+    reason = failure_reason(log, exit_code)
+    if last_iteration > 0 or phase not in ("", "startup"):
+        return "result", reason
+    if _OUR_ERRORS.search(log):
+        return "refused", reason
+    exceptions = _exceptions(log)
+    # SIGKILL without any exception is the kernel or the scheduler taking the processes away.
+    killed = exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL) or "Signal 9 (SIGKILL)" in log
+    if (killed and not exceptions) or (exceptions and all(map(_is_infrastructure, exceptions))):
+        return "infra", reason
+    return "result", reason
+
+
+def failure_reason(log: str, exit_code: int) -> str:
+    """The line that says why: our own error, else the first exception a worker printed, else the exit code."""
+    ours = _OUR_ERRORS.search(log)
+    if ours:
+        return f"{ours.group(1)}: {ours.group(2)}"
+    exceptions = _exceptions(log)
+    if exceptions:
+        return exceptions[0]
+    if exit_code < 0:
+        return f"ended by {signal.Signals(-exit_code).name}"
+    return f"exit code {exit_code}"
+
+
+def _exceptions(log: str) -> list[str]:
+    """Last lines of the tracebacks in a log. torchrun's own report of a failed child says nothing and is left out."""
+    return [
+        f"{match.group(1).rsplit('.', 1)[-1]}: {match.group(2) or ''}".rstrip(": ")
+        for match in _EXCEPTION_LINE.finditer(log)
+        if not match.group(1).endswith("ChildFailedError")
+    ]
+
+
+def _is_infrastructure(exception: str) -> bool:
+    return any(re.search(pattern, exception) for pattern in _INFRA_PATTERNS)
+
+
+def _one_attempt(
+    command: list[str],
+    run_dir: Path,
+    number: int,
+    environment: dict[str, str],
+    watch: Watch,
+) -> tuple[Attempt, KeyboardInterrupt | None]:
+    started_at, start = datetime.now(UTC), time.monotonic()
+    interrupt: KeyboardInterrupt | None = None
+    timed_out = False
+    with (run_dir / LAUNCH_LOG).open("ab") as log, _terminate_as_interrupt():
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=REPOSITORY,
+            start_new_session=True,
+        )
+        try:
+            timed_out = not _follow(process, run_dir, watch)
+        except KeyboardInterrupt as error:
+            interrupt = error
+        finally:
+            _stop_group(process)
+    text = _tail(run_dir / LAUNCH_LOG)
+    last_iteration, phase = _how_far(run_dir)
+    kind, reason = classify_failure(
+        exit_code=process.returncode,
+        log=text,
+        last_iteration=last_iteration,
+        phase=phase,
+        timed_out=timed_out,
+    )
+    if interrupt is not None:
+        kind, reason = "interrupted", "interrupted"
+    attempt = Attempt(
+        number=number,
+        started_at=started_at.isoformat(timespec="seconds"),
+        duration_s=round(time.monotonic() - start, 3),
+        exit_code=process.returncode,
+        kind=kind,
+        phase=phase,
+        last_iteration=last_iteration,
+        reason=reason,
+        directory=".",
+    )
+    return attempt, interrupt
+
+
+def _follow(process: subprocess.Popen[bytes], run_dir: Path, watch: Watch) -> bool:
+    """Wait for the process, reporting iterations. False when its time is over."""
+    start = time.monotonic()
+    reader = _MetricsTail(run_dir / METRICS_FILE)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.25)
+        if watch.progress is not None:
+            for metrics in reader.new_lines():
+                watch.progress(int(metrics["iteration"]), metrics)
+        if process.returncode is not None:
+            return True
+        if watch.cancel is not None and watch.cancel.is_set():
+            raise KeyboardInterrupt
+        if watch.time_budget_s is not None and time.monotonic() - start > watch.time_budget_s:
+            return False
+
+
+class _MetricsTail:
+    """Reads the whole lines that were added to a file since the last call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def new_lines(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as stream:
+            stream.seek(self._offset)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                if line.strip():
+                    yield json.loads(line)
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C, so that a cancelled CI job also leaves a readable run."""
+
+    def handler(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not the main thread: two runs side by side; the main thread handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop_group(process: subprocess.Popen[bytes]) -> None:
+    """Stop the process and everything it started: politely, then by force.
+
+    torchrun puts each worker in a session of its own, so the group alone does not reach them.
+    """
+    if process.poll() is not None:
+        return
+    import psutil
+
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _how_far(run_dir: Path) -> tuple[int, str]:
+    """Last finished iteration and the phase, from what the run wrote."""
+    last = 0
+    for metrics in _MetricsTail(run_dir / METRICS_FILE).new_lines():
+        last = int(metrics["iteration"])
+    file = run_dir / RUN_FILE
+    phase = ""
+    if file.is_file():
+        phase = str(json.loads(file.read_text(encoding="utf-8")).get("outcome", {}).get("phase", ""))
+    return last, phase or ("training" if last else "startup")
+
+
+def _set_aside(run_dir: Path, attempt: Attempt) -> Attempt:
+    """Move the files of a failed attempt to `attempt-N/`, leaving the run directory free for the next."""
+    folder = run_dir / f"attempt-{attempt.number}"
+    folder.mkdir()
+    for item in list(run_dir.iterdir()):
+        if not item.name.startswith("attempt-") and item.name != ATTEMPTS_FILE:
+            shutil.move(item, folder / item.name)
+    return Attempt(**{**asdict(attempt), "directory": folder.name})
+
+
+def _write_attempts(run_dir: Path, attempts: list[Attempt]) -> None:
+    partial = run_dir / (ATTEMPTS_FILE + ".partial")
+    partial.write_text(json.dumps([asdict(item) for item in attempts], indent=1) + "\n", encoding="utf-8")
+    partial.replace(run_dir / ATTEMPTS_FILE)
+
+
+def _tail(path: Path, limit: int = 2_000_000) -> str:
+    """End of a log, at most `limit` bytes."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - limit))
+        return stream.read().decode(errors="replace")

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention cores: the part of a layer between the projections.
+
+Layers run in the [s, b, n, d] format even when a row is packed; what tells the samples apart is a :class:`Segments`
+object in `packed_seq_params`. So rotary angles stay one per position (megatron-core's own packed path walks over the
+samples, with a device synchronisation for each), and the core alone knows about packing.
+
+    torch   SDPA; packed: `varlen_attn` on CUDA in half precision, elsewhere equal lengths batched into one SDPA
+    te      TransformerEngine's fused or flash kernels, packed as `thd`
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+
+from models.common.context_parallel import global_order
+
+
+@dataclass
+class Segments(PackedSeqParams):
+    """Samples (or windows, or frames) that lie one after the other in a row and do not see each other."""
+
+    lengths: tuple[int, ...] = ()
+    groups: tuple[tuple[int, Tensor | None], ...] = ()
+    """For every distinct length: rows of its segments, [num * length] int64; None when there is one length only."""
+    restore: Tensor | None = None
+    """Puts the groups' rows back in order, [t] int64."""
+
+
+def make_segments(lengths: Sequence[int] | np.ndarray, device: torch.device) -> Segments:
+    """Describe consecutive segments of these lengths.
+
+    Args:
+        lengths: Length of every segment, none of them zero.
+        device: Where attention runs.
+
+    Returns: The segments, in the `sbhd` format; :meth:`TorchCoreAttention.forward` and the TE core read them.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    cu_seqlens = torch.from_numpy(bounds.astype(np.int32)).to(device, non_blocking=True)
+    distinct = np.unique(sizes)
+    groups: list[tuple[int, Tensor | None]] = [(int(sizes[0]), None)]
+    restore = None
+    if len(distinct) > 1:
+        rows = [(bounds[:-1][sizes == length, None] + np.arange(length)).ravel() for length in distinct]
+        groups = [
+            (int(length), torch.from_numpy(row).to(device))
+            for length, row in zip(distinct, rows, strict=True)
+        ]
+        restore = torch.from_numpy(np.argsort(np.concatenate(rows))).to(device)
+    return Segments(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=int(sizes.max()),
+        max_seqlen_kv=int(sizes.max()),
+        lengths=tuple(sizes.tolist()),
+        groups=tuple(groups),
+        restore=restore,
+    )
+
+
+class TorchCoreAttention(MegatronModule):
+    """Attention through torch's own kernels. Knows causal and full masks, packing and context parallelism.
+
+    Padding needs no mask: batches are padded on the right, and a causal row never looks there.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.is_causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        self.softmax_scale = softmax_scale
+        self.cp_group = (
+            pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, n, d]; under context parallelism the local slice, as key and value.
+            key: [s, b, g, d].
+            value: [s, b, g, d].
+            attention_mask: Always None.
+            attn_mask_type: Ignored: the layer's spec decides.
+            attention_bias: Always None.
+            packed_seq_params: A :class:`Segments`, or None for an unpacked batch.
+
+        Returns: [s, b, n * d].
+        """
+        assert attention_mask is None, "masks are causal or full, never explicit"
+        assert attention_bias is None, "no family has an attention bias"
+        assert packed_seq_params is None or isinstance(packed_seq_params, Segments)
+        if self.cp_group is not None:
+            out = self._context_parallel(query, key, value, packed_seq_params)
+        elif packed_seq_params is None:
+            out = self._sdpa(*(t.transpose(0, 1) for t in (query, key, value)), is_causal=self.is_causal)
+            out = out.transpose(0, 1)  # [s, b, n, d]
+        else:
+            out = self._packed(*(t.squeeze(1) for t in (query, key, value)), packed_seq_params).unsqueeze(1)
+        return out.reshape(*out.shape[:2], -1)
+
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
+        """[b, s, n, d] -> [b, s, n, d]."""
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, n, s, d]
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1 and query.device.type == "cpu":  # the fast CPU kernel wants as many keys as queries
+            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+        out = F.scaled_dot_product_attention(
+            query, key, value, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1], **mask
+        )
+        return out.transpose(1, 2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        """[t, n, d] -> [t, n, d], every segment on its own."""
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            return self._varlen(query, key, value, segments)
+        outs = []
+        for length, rows in segments.groups:
+            picked = (query, key, value) if rows is None else (t[rows] for t in (query, key, value))
+            batched = (t.reshape(-1, length, *t.shape[1:]) for t in picked)  # [segments, length, n, d]
+            outs.append(self._sdpa(*batched, is_causal=self.is_causal).flatten(0, 1))
+        return outs[0] if segments.restore is None else torch.cat(outs)[segments.restore]
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            segments.cu_seqlens_q,
+            segments.cu_seqlens_kv,
+            segments.max_seqlen_q,
+            segments.max_seqlen_kv,
+            scale=self.softmax_scale,
+            window_size=(-1, 0) if self.is_causal else (-1, -1),
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def _context_parallel(
+        self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None
+    ) -> Tensor:
+        """Gather keys and values, attend with the local queries: two chunks of every sample."""
+        assert self.is_causal
+        assert self.cp_group is not None
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        lengths = segments.lengths if segments is not None else (query.shape[0] * size,)
+        order = torch.from_numpy(global_order(lengths, size)).to(query.device)
+        key, value = (
+            gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group)[order].transpose(0, 1)
+            for t in (key, value)
+        )  # [b, s, g, d], the whole sequence
+        query, outs, start = query.transpose(0, 1), [], 0
+        for length in lengths:
+            chunk = length // (2 * size)
+            for half, number in enumerate((rank, 2 * size - 1 - rank)):
+                first = start // size + half * chunk
+                seen = slice(start, start + (number + 1) * chunk)
+                mask = causal_lower_right(chunk, (number + 1) * chunk)
+                outs.append(
+                    self._sdpa(query[:, first : first + chunk], key[:, seen], value[:, seen], attn_mask=mask)
+                )
+            start += length
+        return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def te_core_attention() -> type[torch.nn.Module]:
+    """TransformerEngine's core attention, taught to read :class:`Segments`."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    class TECoreAttention(TEDotProductAttention):
+        """Hands packed rows to TransformerEngine as `thd` ([t, n, d])."""
+
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            attn_mask_type: AttnMaskType,
+            attention_bias: Tensor | None = None,
+            packed_seq_params: PackedSeqParams | None = None,
+        ) -> Tensor:
+            """[s, b, n, d] -> [s, b, n * d]; see :meth:`TorchCoreAttention.forward`."""
+            if packed_seq_params is None:
+                return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+            thd = PackedSeqParams(
+                **{
+                    field.name: getattr(packed_seq_params, field.name)
+                    for field in dataclasses.fields(PackedSeqParams)
+                    if field.init
+                }
+                | {"qkv_format": "thd"}
+            )
+            query, key, value = (t.squeeze(1) for t in (query, key, value))  # [t, n, d]
+            out = super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, thd)
+            return out.reshape(out.shape[0], 1, -1)
+
+    return TECoreAttention

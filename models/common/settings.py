@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model runs: number formats, layout, recompute. What it *is* comes from the checkpoint's config."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from models.contract.errors import ConfigError
+from models.contract.recipe import Recipe
+
+AttentionBackend = Literal["te", "torch"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """Everything about how to run a model. The defaults run anywhere: one process, fp32, torch kernels."""
+
+    dtype: torch.dtype = torch.float32
+    attention_backend: AttentionBackend = "torch"
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    variable_seq_lengths: bool = False
+    """Micro-batches differ in length (rows padded to the longest, or packed), so pipeline stages exchange shapes."""
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    num_layers: int | None = None
+    """Keep the first so many decoder layers; None keeps all."""
+    init_method_std: float = 0.02
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_num_layers: int = 1
+    recompute_vision: bool = False
+    fp8: Literal["tensorwise", "blockwise", "delayed", "mxfp8"] | None = None
+    freeze: tuple[Literal["language", "vision", "projector", "audio"], ...] = ()
+    moe_aux_loss_coeff: float | None = None
+    """Weight of the router's load-balancing loss; None takes the checkpoint's."""
+    calculate_per_token_loss: bool = True
+    """True: the loop divides by the number of supervised tokens after summing over all ranks and micro-batches."""
+    device: str = "cpu"
+    """Where parameters are made: cpu, cuda, or meta (sizes only)."""
+
+
+def resolve_attention_backend(name: Literal["auto", "te", "torch"], device: str) -> AttentionBackend:
+    """Turn `auto` into a backend: TransformerEngine on CUDA where it is installed, torch otherwise.
+
+    Raises:
+        ConfigError: `te` was asked for, and there is no CUDA device or no TransformerEngine.
+    """
+    from importlib.util import find_spec
+
+    installed = find_spec("transformer_engine") is not None
+    if name == "auto":
+        return "te" if device == "cuda" and installed else "torch"
+    if name == "te" and not (device == "cuda" and installed):
+        raise ConfigError(
+            "attention_backend 'te' cannot run here",
+            where="recipe [model] attention_backend",
+            expected="a CUDA device and transformer_engine",
+            got=f"device {device}, transformer_engine {'installed' if installed else 'not installed'}",
+            fix="use attention_backend = 'torch' or 'auto'",
+        )
+    return name
+
+
+def settings_from_recipe(recipe: Recipe, *, device: str) -> ModelSettings:
+    """Settings of a recipe on a kind of device (`cpu` or `cuda`).
+
+    Raises:
+        ConfigError: the recipe asks for something this kind of device does not have.
+    """
+    parallel, precision = recipe.parallel, recipe.precision
+    if precision.fp8 is not None and device != "cuda":
+        raise ConfigError(
+            "fp8 needs a GPU",
+            where="recipe [precision] fp8",
+            expected="a CUDA device with fp8 matrix products",
+            got=f"device {device}",
+            fix="leave fp8 out on this machine",
+        )
+    return ModelSettings(
+        dtype=DTYPES[precision.dtype],
+        attention_backend=resolve_attention_backend(recipe.model.attention_backend, device),
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        variable_seq_lengths=recipe.data.padding == "longest" or recipe.data.packing,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        num_layers=recipe.model.num_layers,
+        init_method_std=recipe.optimizer.init_method_std,
+        recompute=precision.recompute,
+        recompute_num_layers=precision.recompute_num_layers,
+        recompute_vision=precision.recompute_vision,
+        fp8=precision.fp8,
+        freeze=recipe.model.freeze,
+        device=device,
+    )

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules a transformer layer is made of, for the torch and the TransformerEngine backend.
+
+Both give the same parameter names in a sharded checkpoint: TransformerEngine's linear layers hold the norm before
+them (`linear_qkv.layer_norm_weight`), and the torch layers' separate norms are renamed to that.
+"""
+
+from functools import partial
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from models.common.attention import TorchCoreAttention, te_core_attention
+from models.common.norms import norm_of
+from models.common.settings import AttentionBackend
+
+FUSED_NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def layer_spec(
+    config: TransformerConfig,
+    backend: AttentionBackend,
+    *,
+    is_causal: bool,
+    is_moe: bool = False,
+    module: type[TransformerLayer] = TransformerLayer,
+) -> ModuleSpec:
+    """Specification of one layer.
+
+    Args:
+        config: Sizes and options of the layer.
+        backend: `torch` runs everywhere; `te` needs transformer_engine and a GPU.
+        is_causal: Decoder layers are, vision layers are not.
+        is_moe: Experts instead of a dense MLP.
+        module: The layer class.
+
+    Returns: What megatron-core builds a layer from.
+    """
+    submodules = (_te_layer if backend == "te" else _torch_layer)(config, is_causal=is_causal, is_moe=is_moe)
+    return ModuleSpec(module=module, submodules=submodules)
+
+
+def _mask_type(is_causal: bool) -> AttnMaskType:
+    return AttnMaskType.causal if is_causal else AttnMaskType.no_mask
+
+
+def _torch_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> TransformerLayerSubmodules:
+    norm = norm_of(config)
+    qk_norm = norm if config.qk_layernorm else IdentityOp
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if is_moe:
+        experts = partial(SequentialMLP, submodules=linears)
+        mlp = partial(MoELayer, submodules=MoESubmodules(experts=experts))
+    else:
+        mlp = partial(MLP.as_mlp_submodule, submodules=linears)
+    return TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": _mask_type(is_causal)},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear,
+                core_attention=TorchCoreAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=mlp,
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map={
+            old: new for old, new in FUSED_NORM_NAMES.items() if not (is_moe and old == "pre_mlp_layernorm.")
+        },
+    )
+
+
+def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> TransformerLayerSubmodules:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelGroupedLinear,
+        TERowParallelLinear,
+    )
+    from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+
+    qk_norm = TENorm if config.qk_layernorm else IdentityOp
+    if is_moe:
+        grouped = GroupedMLPSubmodules(
+            linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
+        )
+        mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(TEGroupedMLP, submodules=grouped)))
+    else:
+        linears = MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
+        mlp = partial(MLP.as_mlp_submodule, submodules=linears)
+    return TransformerLayerSubmodules(
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": _mask_type(is_causal)},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=TELayerNormColumnParallelLinear,
+                core_attention=te_core_attention(),
+                linear_proj=TERowParallelLinear,
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=TENorm if is_moe else IdentityOp,
+        mlp=mlp,
+        mlp_bda=get_bias_dropout_add,
+    )
+
+
+def final_norm(config: TransformerConfig, backend: AttentionBackend) -> type:
+    """Norm after the last layer."""
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return norm_of(config)

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a sharded checkpoint folder (torch's distributed format, which is also Megatron's torch_dist) by rows.
+
+Works on checkpoints of any parallel layout: tensors are put together from the chunks that the ranks wrote. Only the
+rows that are asked for are read. Nothing in the files is executed: the metadata and the chunk headers are pickles, and
+are read with a list of the few types that they may contain.
+"""
+
+import io
+import math
+import os
+import pickle
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
+
+from models.common.weight_rules import Shape
+from models.contract.errors import WeightMappingError
+from models.conversion.checkpoint_folder import check_stamps, stamp
+from models.conversion.regions import Box, row_box
+from models.conversion.tensor_source import TensorSpec
+
+METADATA_FILE = ".metadata"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+MODEL_PREFIXES = ("language_model.", "vision_model.", "audio_model.")
+"""Model weights in a Megatron checkpoint; everything else is optimizer, scheduler or random state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of a tensor and where its file record is."""
+
+    box: Box
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawData:
+    """Where a chunk's elements lie in its file, in C order."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: Shape
+
+
+@dataclass(slots=True)
+class DcpFolder:
+    """An open sharded checkpoint. Use as a context manager; reading is safe from several threads."""
+
+    folder: Path
+    specs: dict[str, TensorSpec]
+    chunks: dict[str, tuple[Chunk, ...]]
+    objects: tuple[str, ...]
+    """Names of entries that are not tensors."""
+    stamps: dict[str, tuple[int, int]]
+    """Size and modification time of each file when it was opened."""
+    _handles: dict[str, int] = field(default_factory=dict)
+    _raw: dict[tuple[str, int], RawData | None] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `[start, stop)` of a tensor, put together from its chunks.
+
+        Raises:
+            WeightMappingError: there is no such tensor, or a file is cut off or not what the metadata says.
+        """
+        if name not in self.specs:
+            raise WeightMappingError("tensor is not in the checkpoint", where=str(self.folder), expected=name)
+        spec = self.specs[name]
+        if not spec.shape:
+            return self._chunk_rows(name, self.chunks[name][0], 0, 1).reshape(())
+        wanted = row_box(spec.shape, start, stop)
+        parts = [(chunk, shared) for chunk in self.chunks[name] if (shared := chunk.box.intersect(wanted))]
+        out: torch.Tensor | None = None
+        for chunk, shared in parts:
+            first = shared.start[0] - chunk.box.start[0]
+            value = self._chunk_rows(name, chunk, first, first + shared.size[0])
+            if shared == wanted and value.shape == wanted.size:
+                return value  # one chunk has it all: no copy
+            if out is None:
+                out = torch.empty(wanted.size, dtype=spec.dtype)
+            inside = Box((shared.start[0], *shared.start[1:]), shared.size)
+            origin = (shared.start[0], *chunk.box.start[1:])
+            out[shared.slices(wanted.start)] = value[inside.slices(origin)]
+        return torch.empty(wanted.size, dtype=spec.dtype) if out is None else out
+
+    def only(self, keep: Callable[[str], bool]) -> "DcpFolder":
+        """The same folder with only some of its tensors."""
+        names = [name for name in self.specs if keep(name)]
+        specs, chunks = {name: self.specs[name] for name in names}, {name: self.chunks[name] for name in names}
+        return DcpFolder(self.folder, specs, chunks, self.objects, self.stamps, self._handles, self._raw, self._lock)
+
+    def check_unchanged(self) -> None:
+        """Raise WeightMappingError if a file was replaced or written to since it was opened."""
+        check_stamps(self.folder, self.stamps)
+
+    def _chunk_rows(self, name: str, chunk: Chunk, start: int, stop: int) -> torch.Tensor:
+        raw = self._raw_data(name, chunk)
+        if raw is None:  # an unusual record (a view, a compressed file): let torch read all of it
+            whole = torch.load(io.BytesIO(self._bytes(chunk.file, chunk.offset, chunk.length)), weights_only=True)
+            return whole[start:stop] if chunk.box.size else whole.reshape(1)
+        row = math.prod(raw.shape[1:]) * raw.dtype.itemsize
+        data = self._bytes(chunk.file, raw.offset + start * row, (stop - start) * row)
+        return torch.frombuffer(data, dtype=raw.dtype).reshape(stop - start, *raw.shape[1:]) if data else torch.empty(
+            (stop - start, *raw.shape[1:]), dtype=raw.dtype
+        )
+
+    def _raw_data(self, name: str, chunk: Chunk) -> RawData | None:
+        key = (chunk.file, chunk.offset)
+        with self._lock:
+            if key in self._raw:
+                return self._raw[key]
+        handle = self._handle(chunk.file)
+        raw = _locate(handle, chunk, where=f"{self.folder / chunk.file}: {name}")
+        if raw is not None and (raw.shape != chunk.box.size or raw.dtype != self.specs[name].dtype):
+            raise _broken(
+                f"{self.folder / chunk.file}: {name}", f"{chunk.box.size} {self.specs[name].dtype}",
+                f"{raw.shape} {raw.dtype}",
+            )  # fmt: skip
+        with self._lock:
+            self._raw[key] = raw
+        return raw
+
+    def _handle(self, file: str) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(self.folder / file, os.O_RDONLY)
+            return self._handles[file]
+
+    def _bytes(self, file: str, start: int, count: int) -> bytearray:
+        handle, data, done = self._handle(file), bytearray(count), 0
+        view = memoryview(data)
+        while done < count:
+            read = os.preadv(handle, [view[done:]], start + done)
+            if read == 0:
+                raise _broken(str(self.folder / file), f"{start + count} bytes", f"{start + done} bytes")
+            done += read
+        return data
+
+
+def open_dcp(folder: Path) -> DcpFolder:
+    """Open one iteration's folder of a sharded checkpoint.
+
+    Raises:
+        WeightMappingError: there is no readable metadata, files are missing or cut off, or chunks leave holes.
+    """
+    file = folder / METADATA_FILE
+    if not file.is_file():
+        raise WeightMappingError(
+            "not a sharded checkpoint", where=str(folder), expected=METADATA_FILE,
+            fix="give the folder of one iteration, or its parent with the tracker file",
+        )  # fmt: skip
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
+        entries, storage = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+        raise _broken(str(file), "checkpoint metadata", str(error) or "a cut-off file") from None
+    specs, chunks, objects = {}, {}, []
+    records = {(index.fqn, tuple(index.offset) if index.offset is not None else None): info for index, info in storage.items()}
+    stamps = {path.name: stamp(path) for path in sorted(folder.glob("*.distcp"))}
+    sizes = {name: size for name, (size, _) in stamps.items()}
+    for name, entry in entries.items():
+        if isinstance(entry, BytesStorageMetadata):
+            objects.append(name)
+            continue
+        assert isinstance(entry, TensorStorageMetadata)
+        specs[name] = TensorSpec(tuple(entry.size), entry.properties.dtype)
+        chunks[name] = tuple(_chunk(name, part, records, sizes, folder) for part in entry.chunks)
+        covered = sum(math.prod(chunk.box.size) for chunk in chunks[name])
+        if covered != math.prod(specs[name].shape):
+            raise _broken(f"{folder}: {name}", f"{math.prod(specs[name].shape)} elements", f"{covered} in its chunks")
+    return DcpFolder(folder, specs, chunks, tuple(objects), stamps)
+
+
+def model_weights(folder: DcpFolder) -> DcpFolder:
+    """The model weights of a Megatron checkpoint, without optimizer state and without TransformerEngine's scales."""
+    return folder.only(lambda name: name.startswith(MODEL_PREFIXES) and not name.endswith("_extra_state"))
+
+
+def find_iteration(folder: Path) -> Path:
+    """The folder of one iteration: `folder` itself, or the one that its tracker file names.
+
+    Raises:
+        WeightMappingError: neither is there.
+    """
+    if (folder / METADATA_FILE).is_file():
+        return folder
+    for root in (folder, folder / "checkpoints"):
+        tracker = root / TRACKER_FILE
+        if tracker.is_file():
+            text = tracker.read_text(encoding="utf-8").strip()
+            chosen = root / (f"iter_{int(text):07d}" if text.isdigit() else text)
+            if (chosen / METADATA_FILE).is_file() and Path(text).name == text:
+                return chosen
+            raise WeightMappingError(
+                "the tracker file names a checkpoint that is not there", where=str(tracker), got=text,
+                expected=f"a folder {chosen.name} with {METADATA_FILE}", fix="give the iteration's folder itself",
+            )  # fmt: skip
+    raise WeightMappingError(
+        "no sharded checkpoint found", where=str(folder),
+        expected=f"{METADATA_FILE}, or {TRACKER_FILE} and the folder it names",
+    )  # fmt: skip
+
+
+def _chunk(name: str, part: Any, records: dict[Any, Any], sizes: dict[str, int], folder: Path) -> Chunk:
+    info = records.get((name, tuple(part.offsets)))
+    if info is None:
+        raise _broken(f"{folder}: {name}", "a record for every chunk", f"none for {tuple(part.offsets)}")
+    if sizes.get(info.relative_path, -1) < info.offset + info.length:
+        raise WeightMappingError(
+            "a checkpoint file is missing or cut off", where=str(folder / info.relative_path),
+            expected=f"at least {info.offset + info.length} bytes",
+            got=f"{sizes[info.relative_path]} bytes" if info.relative_path in sizes else "no such file",
+            fix="use a complete checkpoint",
+        )  # fmt: skip
+    return Chunk(Box(tuple(part.offsets), tuple(part.sizes)), info.relative_path, info.offset, info.length)
+
+
+def _locate(handle: int, chunk: Chunk, *, where: str) -> RawData | None:
+    """Find a chunk's elements inside its record (a zip archive with stored members); None if it is unusual."""
+    window = io.BufferedReader(_Window(handle, chunk.offset, chunk.length))
+    try:
+        with zipfile.ZipFile(window) as archive:
+            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            header = _TensorUnpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
+            info = members.get(f"data/{header.key}") if isinstance(header, _TensorHeader) else None
+    except (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise _broken(where, "a tensor record", str(error)) from None
+    if info is None or info.compress_type != zipfile.ZIP_STORED or not header.is_plain:
+        return None
+    local = os.pread(handle, 30, chunk.offset + info.header_offset)
+    data = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    return RawData(chunk.offset + data + header.offset * header.dtype.itemsize, header.dtype, header.shape)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, handle: int, start: int, length: int) -> None:
+        self.handle, self.start, self.length, self.position = handle, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        self.position = max(base + offset, 0)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(min(len(buffer), self.length - self.position), 0)
+        data = os.pread(self.handle, count, self.start + self.position)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorHeader:
+    key: str
+    dtype: torch.dtype
+    offset: int
+    shape: Shape
+    stride: Shape
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the elements lie in C order."""
+        expected, stride = 1, []
+        for extent in reversed(self.shape):
+            stride.append(expected)
+            expected *= extent
+        plain = tuple(reversed(stride))
+        return all(extent == 1 or a == b for extent, a, b in zip(self.shape, self.stride, plain, strict=True))
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads the header of one saved tensor and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: _TensorHeader(
+                storage[2], storage[1], offset, tuple(size), tuple(stride)
+            )
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        raise pickle.UnpicklingError(f"{module}.{name} in a tensor record")
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads checkpoint metadata; refuses every type that is not part of it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        for owner in (dcp_metadata, filesystem):
+            if module == owner.__name__ and isinstance(getattr(owner, name, None), type):
+                return getattr(owner, name)
+        if (module, name) in _METADATA_TYPES:
+            return _METADATA_TYPES[module, name]
+        if module == "megatron.core.dist_checkpointing.strategies.torch":  # plan details that reading does not need
+            return _Ignored
+        raise pickle.UnpicklingError(f"{module}.{name} is not expected in checkpoint metadata")
+
+
+class _Ignored:
+    def __init__(self, *args: Any) -> None:
+        del args
+
+    def __setstate__(self, state: Any) -> None:
+        del state
+
+
+
+_METADATA_TYPES: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # noqa: SLF001 - what its pickles name
+    ("io", "BytesIO"): io.BytesIO,
+    ("builtins", "getattr"): lambda owner, name: getattr(owner, name) if owner in _ENUMS else _refuse(name),
+} | {("torch", str(dtype).removeprefix("torch.")): dtype for dtype in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2,
+)}  # fmt: skip
+_ENUMS = (dcp_metadata._MEM_FORMAT_ENCODING,)  # noqa: SLF001
+
+
+def _refuse(name: str) -> Any:
+    raise pickle.UnpicklingError(f"attribute {name} is not expected in checkpoint metadata")
+
+
+def _broken(where: str, expected: str, got: str) -> WeightMappingError:
+    return WeightMappingError(
+        "a sharded checkpoint is broken", where=where, expected=expected, got=got, fix="use a complete checkpoint"
+    )

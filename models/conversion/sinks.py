@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two formats that results are written in: torch's sharded format (torch_dist, DCP) and safetensors.
+
+Every block is read back from the file and compared with memory before the next one.
+"""
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from models.contract.errors import RunError
+from models.conversion.checkpoint_folder import DTYPE_NAMES
+from models.conversion.dcp_folder import METADATA_FILE
+from models.conversion.job import OutputFile, Span
+from models.conversion.tensor_source import TensorSource, TensorSpec
+
+BLOCK_BYTES = 32 * 2**20
+"""Memory of one block; a thread holds about three of them."""
+FILE_BYTES = 256 * 2**20
+"""Size of one file of a sharded checkpoint, so that a killed conversion loses little and several threads have work."""
+COMMON_STATE = {"common_state/shard_0_1": [{}]}
+"""What megatron-core wants in a torch_dist checkpoint beside the tensors: its (empty) common state."""
+Advance = Callable[[int], None]
+
+
+def row_blocks(name: str, spec: TensorSpec) -> Iterator[Span]:
+    """Cut a tensor into blocks of rows of at most `BLOCK_BYTES` (one row is never cut); experts one by one."""
+    rows = spec.num_rows
+    step = 1 if len(spec.shape) > 2 else max(1, BLOCK_BYTES * rows // max(spec.num_bytes, 1))
+    for start in range(0, rows, step):
+        yield Span(name, start, min(start + step, rows))
+
+
+def plan_sharded(specs: Mapping[str, TensorSpec], folder: str) -> tuple[OutputFile, ...]:
+    """Lay tensors out over the files of a sharded checkpoint, in order."""
+    files: list[OutputFile] = []
+    spans: list[Span] = []
+    size = 0
+
+    def close() -> None:
+        nonlocal spans, size
+        if spans:
+            files.append(OutputFile(f"{folder}/__{len(files)}_0.distcp", tuple(spans), size))
+        spans, size = [], 0
+
+    for name, spec in specs.items():
+        for span in row_blocks(name, spec):
+            num_bytes = spec.num_bytes * (span.stop - span.start) // max(spec.num_rows, 1)
+            if size + num_bytes > FILE_BYTES:
+                close()
+            spans.append(span)
+            size += num_bytes
+    close()
+    return tuple(files)
+
+
+def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: Advance) -> dict[str, Any]:
+    """Write one file of a sharded checkpoint; the journal entry says where each chunk is."""
+    records = []
+    with path.open("w+b") as stream:
+        for span in file.spans:
+            tensor = source.read(span.name, span.start, span.stop)
+            tensor = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor.contiguous()
+            buffer = io.BytesIO()
+            torch.save(tensor, buffer)
+            offset = stream.tell()
+            _write_checked(stream, buffer.getbuffer(), path)
+            records.append([span.name, span.start, list(tensor.shape), offset, stream.tell() - offset])
+            advance(tensor.nbytes)
+    return {"records": records}
+
+
+def write_metadata(
+    folder: Path, specs: Mapping[str, TensorSpec], entries: Mapping[str, dict[str, Any]], objects: Mapping[str, Any]
+) -> None:
+    """Write what makes a folder of chunk files a sharded checkpoint: the objects' file and the metadata.
+
+    Args:
+        folder: Where the chunk files are.
+        specs: Every tensor.
+        entries: Journal entry of each file, by its name in the folder.
+        objects: Small values to store beside the tensors.
+    """
+    states: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for name, spec in specs.items():
+        properties = TensorProperties(dtype=spec.dtype)
+        states[name] = TensorStorageMetadata(properties=properties, size=torch.Size(spec.shape), chunks=[])
+    for file, entry in entries.items():
+        for name, start, shape, offset, length in entry["records"]:
+            offsets = torch.Size((start, *(0 for _ in shape[1:]))) if shape else torch.Size(())
+            states[name].chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(shape)))
+            storage[MetadataIndex(name, offsets)] = _StorageInfo(file, offset, length)
+    file = f"__{len(entries)}_0.distcp"
+    with (folder / file).open("wb") as stream:
+        for name, value in objects.items():
+            offset = stream.tell()
+            torch.save(value, stream)
+            states[name] = BytesStorageMetadata()
+            storage[MetadataIndex(name)] = _StorageInfo(file, offset, stream.tell() - offset)
+    metadata = Metadata(state_dict_metadata=states, storage_data=storage)
+    with (folder / METADATA_FILE).open("wb") as stream:
+        pickle.dump(metadata, stream)
+
+
+def plan_safetensors(files: Mapping[str, list[str]], specs: Mapping[str, TensorSpec]) -> tuple[OutputFile, ...]:
+    """Files of a safetensors checkpoint, each with its tensors in the order of their bytes."""
+    return tuple(
+        OutputFile(
+            path,
+            tuple(span for name in names for span in row_blocks(name, specs[name])),
+            sum(specs[name].num_bytes for name in names),
+        )
+        for path, names in files.items()
+    )
+
+
+def write_safetensors(
+    file: OutputFile, path: Path, source: TensorSource, header: bytes, advance: Advance
+) -> dict[str, Any]:
+    """Write one safetensors file under a given header."""
+    with path.open("w+b") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for span in file.spans:
+            tensor = source.read(span.name, span.start, span.stop)
+            _write_checked(stream, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()), path)
+            advance(tensor.nbytes)
+    return {}
+
+
+def make_header(names: list[str], specs: Mapping[str, TensorSpec]) -> bytes:
+    """A safetensors header for tensors in the order of their bytes, padded to eight bytes as the format asks."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        spec = specs[name]
+        header[name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.num_bytes],
+        }
+        offset += spec.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _write_checked(stream: BinaryIO, data: memoryview, path: Path) -> None:
+    """Write, read back, compare."""
+    start = stream.tell()
+    stream.write(data)
+    stream.flush()
+    back = np.empty(min(len(data), 4 * 2**20), dtype=np.uint8)
+    expected = np.frombuffer(data, dtype=np.uint8)
+    for begin in range(0, len(data), len(back)):
+        part = expected[begin : begin + len(back)]
+        count = os.preadv(stream.fileno(), [memoryview(back)[: len(part)]], start + begin)
+        if count != len(part) or not np.array_equal(back[: len(part)], part):
+            raise RunError(
+                "what was written reads back differently", where=str(path), got=f"a difference after byte {start + begin}",
+                fix="check the disk; nothing was put under the final name",
+            )  # fmt: skip

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert checkpoints between Hugging Face and Megatron, and compare them.
+
+Exit codes: 0 done or equal, 1 something about the input (one line says what) or not equal, 2 wrong usage, 130 interrupted.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from models.common.weight_rules import ExpertLayout
+from models.contract.architecture import FAMILIES, Family
+from models.contract.errors import ConfigError, HarnessError
+from models.conversion import convert as conversions
+from models.conversion.convert import Options, Summary
+from models.conversion.progress import byte_progress
+from models.conversion.tensor_source import few
+from models.conversion.tiny import Init, write_tiny_checkpoint
+from models.conversion.verify import verify as compare
+
+PROGRAM = os.environ.get("QWEN_HARNESS_PROG", "python -m models.entry.convert")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Convert checkpoints between Hugging Face and Megatron, bit for bit, and compare them.",
+)  # fmt: skip
+DtypeName = Literal["source", "fp32", "bf16", "fp16"]
+DTYPES: dict[DtypeName, torch.dtype | None] = {
+    "source": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
+}  # fmt: skip
+
+Dtype = Annotated[DtypeName, typer.Option(help="number format of the result; source: as it is in the HF checkpoint")]
+Experts = Annotated[
+    ExpertLayout | None,
+    typer.Option("--expert-layout", help="how the HF checkpoint stores experts, where shapes cannot tell (H = 2I)"),
+]
+Finite = Annotated[bool, typer.Option("--finite", help="refuse NaN and infinity instead of reporting them")]
+Workers = Annotated[int, typer.Option(min=1, help="threads")]
+Share = Annotated[
+    str,
+    typer.Option(metavar="K/N", help="write only every N-th file, from the K-th on: one share for each node, same target"),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="throw a partial result away instead of continuing it")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
+
+
+@app.command()
+def hf_to_megatron(
+    source: Annotated[Path, typer.Argument(help="HF checkpoint folder")],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    dtype: Dtype = "source",
+    expert_layout: Experts = None,
+    finite: Finite = False,
+    workers: Workers = 2,
+    share: Share = "0/1",
+    restart: Restart = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Convert a HF folder to Megatron's torch_dist, loadable at any TP/PP/EP layout.
+
+    Example: convert hf-to-megatron checkpoints/Qwen3-VL-8B checkpoints/Qwen3-VL-8B-megatron --dtype bf16
+    """
+    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
+    _run(lambda options: conversions.hf_to_megatron(source, target, options), *flags)
+
+
+@app.command()
+def megatron_to_hf(
+    source: Annotated[Path, typer.Argument(help="torch_dist checkpoint: an iteration's folder, its parent, or a run")],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    hf: Annotated[Path, typer.Option(help="HF checkpoint that training started from: names, shards, config, tokenizer")],
+    dtype: Dtype = "source",
+    expert_layout: Experts = None,
+    finite: Finite = False,
+    workers: Workers = 2,
+    share: Share = "0/1",
+    restart: Restart = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Convert a torch_dist checkpoint to a HF folder with the names, shards and files of another one.
+
+    Example: convert megatron-to-hf runs/8b/checkpoints/iter_0000500 out/8b-tuned --hf checkpoints/Qwen3-VL-8B
+    """
+    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
+    _run(lambda options: conversions.megatron_to_hf(source, target, hf, options), *flags)
+
+
+@app.command()
+def verify(
+    left: Annotated[Path, typer.Argument(help="what is expected: HF folder or torch_dist checkpoint")],
+    right: Annotated[Path, typer.Argument(help="what is checked: HF folder or torch_dist checkpoint")],
+    out: Annotated[Path | None, typer.Option(help="write the JSON report here (a report shows conversion.json)")] = None,
+    cast: Annotated[bool, typer.Option("--cast", help="compare after converting LEFT to RIGHT's number format")] = False,
+    expert_layout: Experts = None,
+    workers: Workers = 2,
+) -> None:
+    """Compare two checkpoints bit by bit: keys, shapes, number formats, values. Exit code 1 if they differ.
+
+    Example: convert verify checkpoints/Qwen3-VL-8B out/8b-exported --out reports/conversion.json
+    """
+    with byte_progress("comparing") as (start, advance):
+        report = compare(
+            left, right, workers=workers, experts=expert_layout, cast=cast, on_start=start, advance=advance
+        )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(out.name + ".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial.replace(out)
+    for line in report_lines(report):
+        typer.echo(line)
+    if not report["is_equal"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def tiny(
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    family: Annotated[Family, typer.Option(help=", ".join(FAMILIES))],
+    moe: Annotated[bool, typer.Option("--moe", help="mixture of experts (Qwen3-VL)")] = False,
+    init: Annotated[Init, typer.Option(help="training: learns from scratch; random: for parity; coded: for conversion")] = (
+        "training"
+    ),
+    seed: Annotated[int, typer.Option(help="seed of training and random weights")] = 0,
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="number format")] = "fp32",
+) -> None:
+    """Write a tiny, complete HF checkpoint: weights in shards, tokenizer, template, processors.
+
+    Example: convert tiny checkpoints/tiny-qwen3-vl --family qwen3_vl
+    """
+    format_ = DTYPES[dtype]
+    assert format_ is not None
+    write_tiny_checkpoint(target, family, seed=seed, moe=moe, init=init, dtype=format_)
+    typer.echo(f"wrote {target}")
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """A comparison in a few lines."""
+    lines = [f"{report['num_equal']} of {report['num_tensors']} tensors are equal ({report['num_bytes'] / 1e9:.3f} GB)"]
+    lines += [f"different   {row['name']}: {row['detail']}" for row in report["different"][:10]]
+    for kind in ("missing", "unexpected", "not_finite"):
+        if report[kind]:
+            lines.append(f"{kind:<11} {len(report[kind])}: {few(report[kind])}")
+    lines += [f"declared    {name}: {why}" for name, why in list(report["declared"].items())[:10]]
+    return lines
+
+
+def _run(
+    convert: Callable[[Options], Summary],
+    dtype: DtypeName,
+    experts: ExpertLayout | None,
+    finite: bool,
+    workers: int,
+    share: str,
+    restart: bool,
+    dry_run: bool,
+) -> None:
+    with byte_progress("converting") as (start, advance):
+        options = Options(
+            dtype=DTYPES[dtype], experts=experts, finite=finite, workers=workers, share=parse_share(share),
+            restart=restart, dry_run=dry_run, on_start=start, advance=advance,
+        )  # fmt: skip
+        summary = convert(options)
+    for line in summary_lines(summary, dry_run=dry_run):
+        typer.echo(line)
+
+
+def summary_lines(summary: Summary, *, dry_run: bool) -> list[str]:
+    """A conversion in a few lines."""
+    lines = [
+        f"{summary.family}: {summary.layout}",
+        f"{summary.num_tensors} tensors, {summary.num_bytes / 1e9:.3f} GB in {summary.num_files} files",
+    ]
+    if summary.num_untouched:
+        lines.append(f"{summary.num_untouched} tensors that training does not touch are copied by export")
+    if summary.not_finite:
+        lines.append(f"NaN or infinity in {len(summary.not_finite)} tensors: {few(list(summary.not_finite))}")
+    if dry_run:
+        return [*lines, f"would write {summary.target}"]
+    ending = f"wrote {summary.target}" if summary.complete else "this share is done; the others are not"
+    return [*lines, ending]
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """`K/N` as two numbers. Raises ConfigError unless 0 <= K < N."""
+    first, slash, second = text.partition("/")
+    if slash and first.isdigit() and second.isdigit() and int(first) < int(second):
+        return int(first), int(second)
+    raise ConfigError("wrong share", where="--share", expected="K/N with 0 <= K < N, for example 0/4", got=text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)  # the worker threads are the parallelism
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name=PROGRAM)
+    except HarnessError as error:
+        typer.echo(str(error), err=True)
+        return 1
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as exit_:
+        return _interrupted() if exit_.code == 130 else int(exit_.code or 0)
+    return 0
+
+
+def _interrupted() -> int:
+    typer.echo("interrupted: nothing is under the final name; the same command continues where this stopped", err=True)
+    return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train one recipe: ``python -m torch.distributed.run … -m models.entry.train --recipe FILE --run-dir DIR``.
+
+Exit codes: 0 completed or interrupted in good order (``run.json`` says which), 1 failed (it says why), 75 a step hung.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from models.contract.errors import HarnessError
+from models.contract.recipe import load_recipe
+from models.contract.site import load_site
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line; it selects and limits, and never changes a recipe value."""
+    parser = argparse.ArgumentParser(prog="models.entry.train", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe (TOML)")
+    parser.add_argument(
+        "--run-dir", type=Path, required=True, help="new folder for everything this run writes"
+    )
+    parser.add_argument("--site", type=Path, help="site file; default: $QWEN_HARNESS_SITE, then site.toml")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run directory's last checkpoint"
+    )
+    parser.add_argument("--stop-after", type=int, metavar="ITERATION", help="leave early, as if interrupted")
+    parser.add_argument(
+        "--step-timeout", type=float, default=1800.0, metavar="SECONDS", help="a longer step is a hang"
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run; errors that a person can act on end in their own text, without a traceback."""
+    arguments = parse_arguments()
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(
+        level=logging.INFO if rank == "0" else logging.WARNING,
+        format="%(message)s" if rank == "0" else f"[rank {rank}] %(message)s",
+        stream=sys.stdout,
+    )
+    for noisy in ("megatron", "torch", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        recipe = load_recipe(arguments.recipe)
+        site = load_site(arguments.site)
+        from models.training.progress import TrainOptions
+        from models.training.start import train
+
+        options = TrainOptions(
+            is_resume=arguments.resume,
+            stop_after=arguments.stop_after,
+            step_timeout_s=arguments.step_timeout,
+            tensorboard=arguments.tensorboard,
+        )
+        train(recipe, site, arguments.run_dir, options)
+        return 0
+    except HarnessError as error:
+        notes = getattr(error, "__notes__", [])
+        sys.stderr.write("\n".join([f"[rank {rank}] {error}", *notes]) + "\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

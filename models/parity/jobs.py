@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make jobs for :mod:`models.parity.layouts` from a transformers oracle, and start them."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.common.batch import Batch
+from models.common.settings import ModelSettings
+from models.contract.errors import RunError
+from models.parity.cases import make_case, pack
+from models.parity.compare import run_oracle, to_megatron
+from models.parity.layouts import Job
+from models.parity.oracles import TINY, architecture_of, build_oracle, rules_of
+
+
+def make_jobs(
+    model_name: str,
+    layouts: dict[str, dict[str, Any]],
+    *,
+    cases: tuple[str, ...],
+    multiple: int = 8,
+    packed: bool = False,
+    seed: int = 0,
+) -> list[Job]:
+    """Jobs of one model: the same micro-batches under every layout.
+
+    Args:
+        model_name: A key of :data:`TINY`.
+        layouts: Changes to :class:`ModelSettings` by job name.
+        cases: Micro-batches, in order; they are dealt out to the data-parallel ranks, `num_dp` of the layout.
+        multiple: Every row (packed: every sample) is padded to a multiple of this.
+        packed: Pack the samples of every micro-batch into one row.
+        seed: Of weights and micro-batches.
+    """
+    oracle = build_oracle(model_name, seed=seed)
+    architecture = architecture_of(oracle)
+    rules = rules_of(model_name, architecture)
+    splits = TINY[model_name].splits_videos
+    made = [
+        make_case(case, oracle, splits_videos=splits, seed=seed + index, multiple=multiple)
+        for index, case in enumerate(cases)
+    ]
+    references = [run_oracle(oracle, case, rules) for case in made]
+    counts = [case.batch.num_supervised_tokens for case in made]
+    loss = sum(reference.token_losses.sum().item() for reference in references) / sum(counts)
+    gradients = {
+        rule.key: sum(
+            (
+                reference.gradients[rule.key] * count
+                for reference, count in zip(references, counts, strict=True)
+            ),
+            torch.zeros(()),
+        )
+        / sum(counts)
+        for rule in rules
+    }
+    batches: list[Batch] = [pack(case.batch, multiple=multiple) if packed else case.batch for case in made]
+    hf_config = json.loads(oracle.config.to_json_string(use_diff=True))
+    weights = to_megatron({name: value.detach() for name, value in oracle.named_parameters()}, rules)
+    base = ModelSettings(moe_aux_loss_coeff=0.0, variable_seq_lengths=True)
+    jobs = []
+    for name, changes in layouts.items():
+        changes = dict(changes)
+        num_dp = changes.pop("num_dp", 1)
+        jobs.append(
+            Job(
+                name=name,
+                hf_config=hf_config,
+                settings=dataclasses.replace(base, **changes),
+                weights=weights,
+                batches=tuple(tuple(batches[rank::num_dp]) for rank in range(num_dp)),
+                loss=loss,
+                gradients=gradients,
+            )
+        )
+    return jobs
+
+
+def run_jobs(
+    jobs: list[Job], *, num_processes: int, folder: Path, timeout_s: float = 300
+) -> list[dict[str, Any]]:
+    """Run jobs on gloo processes of this machine.
+
+    Args:
+        jobs: What to run, all with the same number of processes.
+        num_processes: How many.
+        folder: For the jobs' and results' files.
+        timeout_s: After which the processes are stopped.
+
+    Returns: Fields of :class:`models.parity.layouts.Result`, one for every job.
+
+    Raises:
+        RunError: the processes failed; the end of their output is in the message.
+    """
+    jobs_file, results_file = folder / "jobs.pt", folder / "results.json"
+    torch.save(jobs, jobs_file)
+    repository = Path(__file__).resolve().parents[2]
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(num_processes),
+        ),
+        *("-m", "models.parity.layouts", str(jobs_file), str(results_file)),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(repository),
+    }
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    if done.returncode or not results_file.exists():
+        raise RunError(
+            "layout processes failed",
+            where=" ".join(command),
+            got=_what_ranks_said(done.stdout + done.stderr),
+        )
+    return json.loads(results_file.read_text())
+
+
+def _what_ranks_said(output: str) -> str:
+    """The ranks' own tracebacks, without the launcher's."""
+    said, _, _ = output.partition("failed (exitcode")
+    return said[-4000:]

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss on a fixed, ordered, held-out set, in the middle of a run."""
+
+import itertools
+
+from models.contract.errors import DataError
+from models.datasets.loader import build_loader
+from models.training.engine import mean_loss
+from models.training.interruption import Watchdog
+from models.training.progress import Run
+
+
+def evaluate(run: Run, watchdog: Watchdog) -> float:
+    """Held-out loss over the first `eval_samples` samples, the same ones at every call.
+
+    Raises:
+        DataError: the held-out set is smaller than one micro-batch of every rank.
+    """
+    recipe, ranks = run.recipe, run.engine.ranks
+    loader = build_loader(
+        recipe, run.site, run.architecture,
+        split="val", data_parallel_rank=ranks.dp_rank, data_parallel_size=ranks.dp_size,
+    )  # fmt: skip
+    per_call = recipe.train.micro_batch_size * ranks.dp_size
+    num_microbatches = max(1, recipe.train.eval_samples // per_call)
+    parts = []
+    for batch in itertools.islice(loader, num_microbatches):
+        watchdog.beat()
+        parts.append(run.engine.evaluate([batch]))
+    everyone = ranks.exchange(parts)
+    if not all(everyone) or len({len(parts) for parts in everyone}) > 1:
+        raise DataError(
+            "the held-out set does not fill one micro-batch of every rank",
+            where=recipe.data.eval_dataset or recipe.data.dataset,
+            expected=f"at least {per_call} samples", fix="lower eval_samples or add held-out samples",
+        )
+    return mean_loss([sums for parts in everyone for sums in parts])

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Megatron engine: mcore's schedules, data parallelism, optimizer and sharded checkpoints around our model."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from models.common.batch import Batch
+from models.common.settings import settings_from_recipe
+from models.contract.architecture import Architecture
+from models.contract.families import family_part
+from models.contract.recipe import Recipe
+from models.conversion.load import load_hf_weights
+from models.training import optimizer as optimizers
+from models.training import random_state
+from models.training.cpu import cpu_megatron
+from models.training.engine import LossSums, UpdateResult
+from models.training.loss import loss_weights, slice_weights
+from models.training.parallel import LauncherEnvironment, Ranks, stage_of_chunk, start_megatron
+from models.training.parameters import count_parameters
+
+OPTIMIZER_SHARDING = {"data": "dp_reshardable", "any": "fully_reshardable"}
+
+
+class MegatronEngine:
+    """See :class:`models.training.engine.Engine`."""
+
+    def __init__(self, recipe: Recipe, architecture: Architecture, ranks: Ranks, patches: tuple[str, ...]) -> None:
+        optimizers.check_optimizer(recipe, ranks.device)
+        self.recipe, self.ranks, self.patches = recipe, ranks, patches
+        self.modules = build_chunks(recipe, architecture, ranks)
+        self.chunks: list[Any] = []
+        self.optimizer: Any = None
+        self._async_calls = AsyncCallsQueue()
+        self.scheduler: Any = None
+
+    def prepare(self) -> None:
+        """Wrap and build the optimizer; the weights must be in place, as main weights are copied from them."""
+        assert self.ranks.groups is not None
+        self.chunks = optimizers.wrap_data_parallel(self.recipe, self.modules, self.ranks.groups)
+        self.optimizer = optimizers.build_optimizer(self.recipe, self.chunks, self.ranks.groups)
+        self.scheduler = optimizers.build_scheduler(self.recipe, self.optimizer)
+        for module in self.modules:
+            _connect(module.config, self.recipe, self.chunks, self.optimizer)
+
+    def forward_backward(self, batches: list[Batch], denominator: float) -> LossSums:
+        """Gradients of one global batch from this rank's micro-batches."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(batches, forward_only=False)
+
+    @torch.no_grad()
+    def update(self) -> UpdateResult:
+        """Clip, step the optimizer and the schedule."""
+        loss_scale = float(self.optimizer.get_loss_scale())
+        has_overflow = self.optimizer.prepare_grads()
+        grad_norm = math.nan if has_overflow else float(self.optimizer.get_grad_norm())
+        is_updated = math.isfinite(grad_norm)
+        if is_updated:
+            _clip(self.optimizer, grad_norm)
+            self.optimizer.step_with_ready_grads()
+            self.scheduler.step(1)
+        return UpdateResult(
+            is_updated=is_updated,
+            grad_norm=grad_norm,
+            learning_rate=self.learning_rate(),
+            loss_scale=loss_scale,
+            is_overflow=has_overflow,
+        )
+
+    def learning_rate(self) -> float:
+        """Rate of the parameters without a multiplier, after the schedule's last step, as Megatron logs it."""
+        rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        return self.recipe.optimizer.lr if rate is None else float(rate)
+
+    def discard(self) -> None:
+        """Drop the gradients of this step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def evaluate(self, batches: list[Batch]) -> LossSums:
+        """Loss sums of held-out micro-batches."""
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            sums = self._run(batches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return sums
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters of the whole model by part."""
+        return count_parameters(self.modules, self.ranks)
+
+    def save(self, folder: Path, *, with_optimizer: bool, is_async: bool) -> None:
+        """Write a sharded torch_dist checkpoint; model keys are those of a converted checkpoint."""
+        state = self._sharded_state(with_optimizer=with_optimizer, is_loading=False)
+        request = dist_checkpointing.save(
+            state, str(folder), async_sharded_save=is_async, async_strategy="mcore"
+        )
+        if request is not None:
+            self._async_calls.schedule_async_request(request)
+
+    def is_save_finished(self, *, is_blocking: bool) -> bool:
+        """Whether the background writer of every rank is done."""
+        self._async_calls.maybe_finalize_async_calls(blocking=is_blocking)
+        return self._async_calls.get_num_unfinalized_calls() == 0
+
+    @torch.no_grad()
+    def load(self, folder: Path, *, with_optimizer: bool, same_layout: bool) -> None:
+        """Read what :meth:`save` wrote, in place."""
+        if with_optimizer:
+            optimizers.allocate_states(self.optimizer)
+        state = self._sharded_state(with_optimizer=with_optimizer, is_loading=True)
+        if not same_layout:
+            del state["random"]  # there is one of each rank that was
+        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+        for name, module in self._named_modules():
+            module.load_state_dict(loaded[name])
+        if with_optimizer:
+            optimizers.load_states(self.optimizer, loaded["optimizer"])
+        self.scheduler.load_state_dict(loaded["scheduler"])
+        if same_layout:
+            random_state.restore(loaded["random"])
+
+    def _named_modules(self) -> list[tuple[str, Any]]:
+        if len(self.modules) == 1:
+            return [("model", self.modules[0])]
+        return [(f"model{index}", module) for index, module in enumerate(self.modules)]
+
+    def _sharded_state(self, *, with_optimizer: bool, is_loading: bool) -> dict[str, Any]:
+        assert self.ranks.groups is not None
+        metadata = {
+            "distrib_optim_sharding_type": OPTIMIZER_SHARDING[self.recipe.checkpoint.resharding],
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": self.ranks.groups.dp_cp,
+        }
+        models = {name: module.sharded_state_dict(metadata=metadata) for name, module in self._named_modules()}
+        state: dict[str, Any] = dict(models)
+        if with_optimizer:
+            whole = models["model"] if len(models) == 1 else models
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                whole, is_loading=is_loading, metadata=metadata
+            )
+        state["scheduler"] = self.scheduler.state_dict()
+        state["random"] = ShardedObject(
+            "random", random_state.capture(), (self.ranks.world_size,), (self.ranks.rank,)
+        )
+        return state
+
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> LossSums:
+        schedule = get_forward_backward_func()
+        sums: list[tuple[Tensor, float]] = schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=[iter(batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=self.recipe.data.seq_length,
+            micro_batch_size=batches[0].input_ids.shape[0],
+            forward_only=forward_only,
+        )
+        if not sums:  # not the last stage
+            return LossSums()
+        return LossSums(
+            loss=float(torch.stack([loss for loss, _ in sums]).sum()),
+            denominator=sum(denominator for _, denominator in sums),
+        )
+
+    def _forward_step(self, batches: Any, model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches).to(self.ranks.device)
+        output = model(batch)
+
+        def loss_function(token_losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, float]]:
+            weights, denominator = loss_weights(batch, self.recipe.train.loss_reduction)
+            weights = slice_weights(weights, batch, self.ranks.layout["cp"], self.ranks.cp_rank)
+            loss = (token_losses.float() * weights).sum()
+            share = denominator if self.ranks.cp_rank == 0 else 0
+            num_tokens = torch.tensor(share, dtype=torch.int, device=loss.device)
+            # The schedule scales the loss in place: what is reported must be a copy.
+            return loss, num_tokens, (loss.detach().double(), float(share))
+
+        return output, loss_function
+
+
+def device_patches() -> AbstractContextManager[tuple[str, ...]]:
+    """What must be in force while the engine runs on this machine: nothing where there is a GPU."""
+    return nullcontext(()) if torch.cuda.is_available() else cpu_megatron()
+
+
+def start_engine(
+    recipe: Recipe,
+    architecture: Architecture,
+    folder: Path,
+    launcher: LauncherEnvironment,
+    *,
+    timeout_s: float,
+    patches: tuple[str, ...],
+) -> MegatronEngine:
+    """Start the groups, build the model, fill it from the HF folder (or at random) and make the optimizer."""
+    ranks = start_megatron(recipe, launcher, timeout_s=timeout_s)
+    engine = MegatronEngine(recipe, architecture, ranks, patches)
+    if recipe.model.init == "checkpoint":
+        load_hf_weights(engine.modules, folder, num_layers=recipe.model.num_layers)
+    engine.prepare()
+    return engine
+
+
+def build_chunks(recipe: Recipe, architecture: Architecture, ranks: Ranks) -> list[Any]:
+    """The model chunks of this rank: one, or one for each virtual pipeline stage."""
+    build_model = family_part(architecture.family, "model").build_model
+    settings = settings_from_recipe(recipe, device=ranks.device.type)
+    chunks = []
+    for index in range(ranks.layout["vpp"]):
+        is_first, is_last = stage_of_chunk(index, ranks)
+        vp_stage = index if ranks.layout["vpp"] > 1 else None
+        chunks.append(
+            build_model(
+                architecture, settings, groups=ranks.groups,
+                pre_process=is_first, post_process=is_last, vp_stage=vp_stage,
+            ).to(ranks.device)
+        )  # fmt: skip
+    return chunks
+
+
+def _connect(config: Any, recipe: Recipe, chunks: list[Any], optimizer: Any) -> None:
+    """Tell mcore's schedules what to call; without `finalize_model_grads` tensor-parallel ranks drift apart."""
+    config.calculate_per_token_loss = True
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if recipe.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        if len(chunks) > 1:
+            config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if recipe.parallel.overlap_param_gather and len(chunks) > 1:
+        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+
+def _clip(optimizer: Any, grad_norm: float) -> None:
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )

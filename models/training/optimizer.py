@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data parallelism, AdamW and the schedule, all of them Megatron's, set up from a recipe."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from models.common.settings import DTYPES
+from models.contract.errors import ConfigError
+from models.contract.recipe import OptimizerSection, Recipe
+
+PROJECTOR_PARTS = ("vision_model.merger.", "vision_model.deepstack_mergers.")
+
+
+def is_projector(name: str) -> bool:
+    """Whether a Megatron parameter belongs to the merger or a deepstack merger."""
+    return any(part in name for part in PROJECTOR_PARTS)
+
+
+def is_vision_tower(name: str) -> bool:
+    """Whether a Megatron parameter belongs to the vision tower without its mergers."""
+    return "vision_model." in name and not is_projector(name)
+
+
+def wrap_data_parallel(
+    recipe: Recipe, chunks: list[Any], groups: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    """Wrap every model chunk of this rank in Megatron's data parallelism."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=recipe.precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+        use_distributed_optimizer=recipe.optimizer.use_distributed_optimizer,
+    )
+    return [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=config,
+            module=chunk,
+            disable_bucketing=index > 0,
+            pg_collection=groups,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def check_optimizer(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what this kind of device cannot do.
+
+    Raises:
+        ConfigError: precision-aware states without TransformerEngine, offload from a CPU to a CPU, or overlap
+            options without what they overlap.
+    """
+    settings, parallel = recipe.optimizer, recipe.parallel
+    where = f"recipe {recipe.name}: [optimizer]"
+    if device.type != "cuda" and settings.use_precision_aware_optimizer:
+        raise ConfigError(
+            "use_precision_aware_optimizer needs TransformerEngine's AdamW", where=where,
+            expected="a CUDA device", got=device.type, fix="set it to false on this machine",
+        )
+    if settings.use_precision_aware_optimizer and not settings.use_distributed_optimizer:
+        raise ConfigError(
+            "use_precision_aware_optimizer needs use_distributed_optimizer", where=where,
+            fix="set use_distributed_optimizer = true",
+        )
+    if device.type == "cpu" and settings.cpu_offload_fraction > 0:
+        raise ConfigError(
+            "cpu_offload_fraction has no effect on a CPU", where=where,
+            got=f"cpu_offload_fraction = {settings.cpu_offload_fraction}", fix="set it to 0 on this machine",
+        )
+    if settings.min_lr > settings.lr:
+        raise ConfigError("min_lr is larger than lr", where=where, got=f"{settings.min_lr} > {settings.lr}")
+    if settings.lr_warmup_iters >= recipe.lr_decay_iters:
+        raise ConfigError(
+            "warmup does not end before the decay does", where=where,
+            expected=f"lr_warmup_iters < {recipe.lr_decay_iters}", got=str(settings.lr_warmup_iters),
+        )
+    if parallel.overlap_param_gather and not (
+        parallel.overlap_grad_reduce and settings.use_distributed_optimizer
+    ):
+        raise ConfigError(
+            "overlap_param_gather needs overlap_grad_reduce and use_distributed_optimizer",
+            where=f"recipe {recipe.name}: [parallel]", fix="switch both on, or overlap_param_gather off",
+        )
+
+
+def build_optimizer(
+    recipe: Recipe, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """AdamW over the trainable parameters: no decay on biases and norms, learning rates per part."""
+    settings = recipe.optimizer
+    dtype = DTYPES[recipe.precision.dtype]
+    states = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        fp16=dtype is torch.float16,
+        bf16=dtype is torch.bfloat16,
+        initial_loss_scale=2.0**16,
+        params_dtype=dtype,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+        optimizer_cpu_offload=settings.cpu_offload_fraction > 0,
+        optimizer_offload_fraction=settings.cpu_offload_fraction,
+        use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
+        **(states if settings.use_precision_aware_optimizer else {}),
+    )
+    overrides = get_standard_config_overrides(config) | _learning_rate_overrides(settings)
+    return get_megatron_optimizer(
+        config, chunks, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
+    )
+
+
+def allocate_states(optimizer: Any) -> None:
+    """Make torch AdamW's states before a checkpoint is loaded into them.
+
+    mcore reads the common `step` out of them to describe what it is about to load; TransformerEngine's AdamW keeps
+    its step elsewhere and needs none of this.
+    """
+    for part in optimizer.chained_optimizers:
+        inner = None if part.is_stub_optimizer else part.optimizer
+        if not isinstance(inner, torch.optim.AdamW):
+            continue
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def load_states(optimizer: Any, state: dict[Any, Any]) -> None:
+    """Give the parts of an optimizer what a checkpoint holds for them.
+
+    Two things of mcore 0.19 are worked around for torch AdamW: loading shares one `step` tensor among all
+    parameters, which then counts once for each of them, and the fully reshardable format has no `step` to copy.
+    """
+    parts = optimizer.chained_optimizers
+    states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
+    for part, saved in zip(parts, states, strict=True):
+        if part.is_stub_optimizer:
+            continue
+        if not isinstance(part.optimizer, torch.optim.AdamW) or "param_state" not in saved:
+            part.load_state_dict(saved)
+            continue
+        part.load_state_dict({key: value for key, value in saved.items() if key != "param_state"})
+        steps = {key: values.pop("step") for key, values in part.optimizer.state.items()}
+        load_parameters = {
+            "dp_reshardable": part.load_parameter_state_from_dp_reshardable,
+            "fully_reshardable": part.load_parameter_state_from_fully_reshardable,
+        }[saved["param_state_sharding_type"]]
+        load_parameters(saved["param_state"])
+        for key, step in steps.items():
+            part.optimizer.state[key]["step"] = step.clone()
+
+
+def build_scheduler(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
+    """Megatron's schedule, counted in iterations.
+
+    The first iteration runs at the rate of step 0: zero under warmup, as in Megatron-LM.
+    """
+    settings = recipe.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=recipe.lr_decay_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=recipe.train.train_iters,
+        wd_incr_style="constant",
+    )
+
+
+def _learning_rate_overrides(settings: OptimizerSection) -> dict[ParamKey, ParamGroupOverride]:
+    parts: tuple[tuple[str, Callable[[str], bool], float], ...] = (
+        ("vision", is_vision_tower, settings.vision_lr_mult),
+        ("projector", is_projector, settings.projector_lr_mult),
+    )
+    overrides: dict[ParamKey, ParamGroupOverride] = {}
+    for label, belongs, multiplier in parts:
+        if multiplier != 1.0:
+            predicate = ParamWithNamePredicate(name=label, fn=lambda _, name, test=belongs: test(name))
+            overrides[ParamKey(with_name_predicate=predicate)] = ParamGroupOverride(
+                max_lr=settings.lr * multiplier, min_lr=settings.min_lr * multiplier
+            )
+    return overrides

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process groups: started from a launcher's environment, handed on as arguments.
+
+The only module that reads ``megatron.core.parallel_state``. Everything else takes :class:`Ranks`.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import distributed
+
+from models.contract.errors import ConfigError
+from models.contract.recipe import Recipe
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherEnvironment:
+    """What the launcher said about this process; one process without a launcher is rank 0 of 1."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    is_launched: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Where this process stands in the layout, and the groups it talks through."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dp_rank: int
+    dp_size: int
+    is_first_stage: bool
+    is_last_stage: bool
+    counts_loss: bool
+    """Its loss sum is one of those that add up to the global one: last stage, first tensor-parallel rank."""
+    counts_samples: bool
+    """Speaks for its data-parallel rank: also the first context-parallel rank."""
+    cp_rank: int
+    layout: dict[str, int]
+    """tp, pp, cp, ep, etp, dp, vpp."""
+    groups: ProcessGroupCollection | None
+    """Megatron's groups; None for the FSDP2 engine."""
+    control: Any
+    """gloo group of all processes for small Python objects, or None when there is one process."""
+
+    def exchange(self, item: Any) -> list[Any]:
+        """Give `item` to every rank; returns the items of all ranks, in rank order."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(items, item, group=self.control)
+        return items
+
+    def barrier(self) -> None:
+        """Wait for every rank, without touching the accelerator."""
+        if self.world_size > 1:
+            distributed.barrier(group=self.control)
+
+
+def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> LauncherEnvironment:
+    """Read torchrun's variables.
+
+    Raises:
+        ConfigError: some are set and others not, or they are not numbers, or contradict each other.
+    """
+    present = [name for name in LAUNCHER_VARIABLES if name in environment]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        return LauncherEnvironment(rank=0, world_size=1, local_rank=0, is_launched=False)
+    missing = [name for name in LAUNCHER_VARIABLES if name not in present]
+    if missing:
+        raise ConfigError(
+            "incomplete launcher environment", where="environment variables",
+            expected=", ".join(LAUNCHER_VARIABLES), got=f"missing {', '.join(missing)}",
+            fix="start with `python -m torch.distributed.run …`, or unset RANK and WORLD_SIZE for one process",
+        )
+    try:
+        rank, world_size, local_rank = (int(environment[name]) for name in LAUNCHER_VARIABLES[:3])
+        int(environment["MASTER_PORT"])
+    except ValueError as error:
+        raise ConfigError(
+            "launcher variable is not a number", where="environment variables",
+            expected="RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT as integers", got=str(error),
+        ) from None
+    if not 0 <= rank < world_size or local_rank < 0:
+        raise ConfigError(
+            "launcher variables contradict each other", where="environment variables",
+            expected="0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0",
+            got=f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank}",
+        )
+    return LauncherEnvironment(rank=rank, world_size=world_size, local_rank=local_rank, is_launched=True)
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """The accelerator of this process, or the CPU where there is none.
+
+    Raises:
+        ConfigError: more processes than accelerators on this node.
+    """
+    for kind in ("cuda", "npu"):
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available():
+            if local_rank >= backend.device_count():
+                raise ConfigError(
+                    "more processes than devices", where=f"LOCAL_RANK={local_rank}",
+                    expected=f"at most {backend.device_count()} processes on this node",
+                    fix="lower --nproc-per-node or make more devices visible",
+                )
+            backend.set_device(local_rank)
+            return torch.device(kind, local_rank)
+    return torch.device("cpu")
+
+
+def start_distributed(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_s: float) -> torch.device:
+    """Start ``torch.distributed`` with the backend of the device and check the number of processes.
+
+    Raises:
+        ConfigError: the launcher started another number of processes than the recipe asks for.
+    """
+    if launcher.world_size != recipe.num_processes:
+        raise ConfigError(
+            "wrong number of processes", where=f"recipe {recipe.name}: num_processes",
+            expected=str(recipe.num_processes), got=f"WORLD_SIZE={launcher.world_size}",
+            fix="start as many processes as the recipe names, or change num_processes",
+        )
+    device = pick_device(launcher.local_rank)
+    backend = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}[device.type]
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    if device.type == "cuda":
+        options["device_id"] = device
+    if not launcher.is_launched:
+        options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    distributed.init_process_group(backend, **options)
+    return device
+
+
+def control_group(device: torch.device, world_size: int, *, timeout_s: float) -> Any:
+    """A gloo group of all ranks; the default group where that is gloo already, None for one process."""
+    if world_size == 1:
+        return None
+    if device.type == "cpu":
+        return distributed.group.WORLD
+    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def start_megatron(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_s: float) -> Ranks:
+    """Start ``torch.distributed`` and Megatron's groups for the recipe's layout, and seed every generator."""
+    device = start_distributed(recipe, launcher, timeout_s=timeout_s)
+    parallel = recipe.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        create_gloo_process_groups=device.type != "cpu",
+    )
+    torch.manual_seed(recipe.train.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.train.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    is_last = parallel_state.is_pipeline_last_stage()
+    tp_rank, cp_rank = groups.tp.rank(), groups.cp.rank()
+    return Ranks(
+        rank=launcher.rank,
+        world_size=launcher.world_size,
+        device=device,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        is_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_last_stage=is_last,
+        counts_loss=is_last and tp_rank == 0,
+        counts_samples=is_last and tp_rank == 0 and cp_rank == 0,
+        cp_rank=cp_rank,
+        layout={
+            "tp": groups.tp.size(), "pp": groups.pp.size(), "cp": groups.cp.size(), "ep": groups.ep.size(),
+            "etp": groups.expt_tp.size(), "dp": groups.dp.size(),
+            "vpp": parallel.virtual_pipeline_model_parallel_size or 1,
+        },
+        groups=groups,
+        control=control_group(device, launcher.world_size, timeout_s=timeout_s),
+    )  # fmt: skip
+
+
+def stage_of_chunk(chunk: int, ranks: Ranks) -> tuple[bool, bool]:
+    """Whether a model chunk of this rank is the first and whether it is the last of the whole model."""
+    vp_stage = chunk if ranks.layout["vpp"] > 1 else None
+    return (
+        parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+    )
+
+
+def stop_distributed() -> None:
+    """Take the groups down; does nothing when they never came up."""
+    if distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        distributed.destroy_process_group()
