@@ -56,12 +56,12 @@ _INFRA_PATTERNS = (
     r"Cannot allocate memory|DefaultCPUAllocator: can't allocate",
 )
 _OUR_ERRORS = re.compile(
-    r"^(?:\[[^\]]*\]:)?\s*(?:[\w.]+\.)?"
+    r"^(?:\[[^\]]*\]:?)?\s*(?:[\w.]+\.)?"
     r"(ConfigError|DataError|WeightMappingError|ShapeError|EnvironmentMismatch|BaselineError|RunError): (.*)$",
     re.MULTILINE,
 )
 _EXCEPTION_LINE = re.compile(
-    r"^(?:\[[^\]]*\]:)?\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Mismatch))(?:: (.*))?$",
+    r"^(?:\[[^\]]*\]:?)?\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Mismatch))(?:: (.*))?$",
     re.MULTILINE,
 )
 
@@ -376,6 +376,7 @@ def _stop_group(process: subprocess.Popen[bytes]) -> None:
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
+    psutil.wait_procs(children, timeout=GRACE_SECONDS)
 
 
 def _how_far(run_dir: Path) -> tuple[int, str]:

@@ -93,11 +93,8 @@ def caption_photographs(result: CaseResult, options: SessionOptions) -> None:
     requests, answers = folder / "requests.jsonl", folder / "answers.jsonl"
     asked = [{"prompt": _said(entry, "human"), "images": [str(raw / entry["image"])]} for entry in shown]
     requests.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
-    run_program(
-        ["models.entry.generate", "answer", "--checkpoint", str(result.run_dir), "--requests", str(requests)]
-        + ["--max-new-tokens", "64", "--out", str(answers)]
-        + _pixel_limits(result.case)
-    )
+    ask = ["models.entry.generate", "answer", "--checkpoint", str(result.run_dir), "--requests", str(requests)]
+    run_program([*ask, "--max-new-tokens", "64", "--out", str(answers), *_pixel_limits(result.case)])
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     samples = [
         {

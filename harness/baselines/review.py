@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from harness.baselines.schema import Baseline
+from harness.baselines.store import flat
 
 DECADES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -71,13 +72,14 @@ def change_text(old: Baseline | None, new: Baseline) -> str:
     lines += ["| metric | mean change | " + " | ".join(f"≤ {limit:.0e}" for limit in DECADES) + " | larger |"]
     lines += ["|" + "---|" * (len(DECADES) + 3)]
     lines += _change_rows(old, new)
+    before, after = flat(old.environment), flat(new.environment)
     moved = {
-        name: (old.environment.get(name), new.environment.get(name))
-        for name in sorted(old.environment.keys() | new.environment.keys())
-        if old.environment.get(name) != new.environment.get(name)
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
     }
     lines += ["", "| environment | before | after |", "|---|---|---|"]
-    lines += [f"| {name} | {before} | {after} |" for name, (before, after) in moved.items()]
+    lines += [f"| {name} | {was} | {now} |" for name, (was, now) in moved.items()]
     return "\n".join([*lines, ""])
 
 

@@ -230,5 +230,13 @@ def _cell(value: float, column: str, record: RunRecord) -> float | None:
 
 
 def _shared(environments: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all environments say alike; a nested table is shared key by key."""
     first = environments[0]
-    return {key: value for key, value in first.items() if all(env.get(key) == value for env in environments)}
+    shared: dict[str, Any] = {}
+    for key, value in first.items():
+        others = [environment.get(key) for environment in environments]
+        if isinstance(value, dict) and all(isinstance(other, dict) for other in others):
+            shared[key] = _shared([environment[key] for environment in environments])
+        elif all(other == value for other in others):
+            shared[key] = value
+    return shared

@@ -22,8 +22,8 @@ from models.contract.errors import BaselineError
 MatchLevel = Literal["exact", "stack_drift", "other_seed", "other_hardware", "published", "none"]
 CANDIDATES, RETIRED = "candidates", "retired"
 NOT_IN_FORCE = frozenset({CANDIDATES, RETIRED})
-STACK_KEYS = ("python", "driver")
-STACK_PREFIX = "package."
+STACK_KEYS = ("python", "driver", "cuda", "cudnn")
+STACK_PREFIX = "packages."
 _SIGNATURE_TOLERANCE = 2e-3
 
 
@@ -193,12 +193,12 @@ def hardware_of(record: RunRecord) -> str | None:
 
 def stack_differences(baseline: Baseline, record: RunRecord) -> dict[str, tuple[str, str]]:
     """Versions that differ, as (baseline, run). Only what both name."""
-    ours = record.info.environment if record.info else {}
-    names = [name for name in baseline.environment if name in STACK_KEYS or name.startswith(STACK_PREFIX)]
+    ours, theirs = flat(record.info.environment if record.info else {}), flat(baseline.environment)
+    names = [name for name in theirs if name in STACK_KEYS or name.startswith(STACK_PREFIX)]
     return {
-        name: (str(baseline.environment[name]), str(ours[name]))
+        name: (str(theirs[name]), str(ours[name]))
         for name in names
-        if name in ours and ours[name] != baseline.environment[name]
+        if name in ours and ours[name] != theirs[name]
     }
 
 
@@ -221,7 +221,7 @@ def _recipe_changed(baseline: Baseline, record: RunRecord) -> str:
 
 
 def _changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    left, right = _flat(old), _flat(new)
+    left, right = flat(old), flat(new)
     ignored = (
         "name",
         "description",
@@ -238,14 +238,12 @@ def _changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     )
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys joined by dots."""
+    rows: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
 
 
 def _has_signature(facts: dict[str, Any], record: RunRecord) -> bool:

@@ -154,7 +154,7 @@ def _refusals(records: list[RunRecord], policy: Policy) -> list[str]:
         for gate in (sanity(record, policy), plausibility(record, policy, hardware=hardware_of(record))):
             if gate.status == "invalid":
                 found.append(f"{record.source}: {gate.summary}")
-        if record.info.environment.get("dirty") != "no":
+        if record.info.environment.get("dirty") is not False or not record.info.environment.get("commit"):
             found.append(f"{record.source}: not from a clean, committed tree")
     infos = [record.info for record in records if record.info is not None]
     for name, values in {

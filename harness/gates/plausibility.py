@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CLOCK_SLACK_SECONDS = 3.0
 PARTS = ("data_time_ms", "forward_backward_time_ms", "optimizer_time_ms")
 PARTS_SLACK = 1.02
-PARTS_SHARE = 0.5
+PARTS_SHARE = 0.95
 """The three parts of a step make up at least this much of it, in nine steps of ten."""
 
 

@@ -74,7 +74,7 @@ def collect(paths: list[Path]) -> Collection:
     for path in paths:
         if not path.exists():
             raise RunError(
-                "nothing there to report on", where=str(path), fix="name a run directory or a folder of them"
+                "path does not exist", where=str(path), fix="name a run directory or a folder of them"
             )
     found = Collection(
         entries=tuple(_entry(folder) for folder in _run_folders(paths)),

@@ -126,51 +126,14 @@ class TorchCoreAttention(MegatronModule):
         if self.cp_group is not None:
             out = self._context_parallel(query, key, value, packed_seq_params)
         elif packed_seq_params is None:
-            out = self._sdpa(*(t.transpose(0, 1) for t in (query, key, value)), is_causal=self.is_causal)
-            out = out.transpose(0, 1)  # [s, b, n, d]
+            rows = (t.transpose(0, 1) for t in (query, key, value))
+            out = sdpa(*rows, scale=self.softmax_scale, is_causal=self.is_causal).transpose(0, 1)
         else:
-            out = self._packed(*(t.squeeze(1) for t in (query, key, value)), packed_seq_params).unsqueeze(1)
+            rows = (t.squeeze(1) for t in (query, key, value))
+            out = packed_attention(
+                *rows, packed_seq_params, is_causal=self.is_causal, scale=self.softmax_scale
+            ).unsqueeze(1)
         return out.reshape(*out.shape[:2], -1)
-
-    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
-        """[b, s, n, d] -> [b, s, n, d]."""
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, n, s, d]
-        repeats = query.shape[1] // key.shape[1]
-        if repeats > 1 and query.device.type == "cpu":  # the fast CPU kernel wants as many keys as queries
-            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1], **mask
-        )
-        return out.transpose(1, 2)
-
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-        """[t, n, d] -> [t, n, d], every segment on its own."""
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            return self._varlen(query, key, value, segments)
-        outs = []
-        for length, rows in segments.groups:
-            picked = (query, key, value) if rows is None else (t[rows] for t in (query, key, value))
-            batched = (t.reshape(-1, length, *t.shape[1:]) for t in picked)  # [segments, length, n, d]
-            outs.append(self._sdpa(*batched, is_causal=self.is_causal).flatten(0, 1))
-        return outs[0] if segments.restore is None else torch.cat(outs)[segments.restore]
-
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
-        repeats = query.shape[1] // key.shape[1]
-        if repeats > 1:
-            key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-        out = varlen_attn(
-            query,
-            key,
-            value,
-            segments.cu_seqlens_q,
-            segments.cu_seqlens_kv,
-            segments.max_seqlen_q,
-            segments.max_seqlen_kv,
-            scale=self.softmax_scale,
-            window_size=(-1, 0) if self.is_causal else (-1, -1),
-        )
-        assert isinstance(out, Tensor)
-        return out
 
     def _context_parallel(
         self, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None
@@ -192,11 +155,75 @@ class TorchCoreAttention(MegatronModule):
                 first = start // size + half * chunk
                 seen = slice(start, start + (number + 1) * chunk)
                 mask = causal_lower_right(chunk, (number + 1) * chunk)
-                outs.append(
-                    self._sdpa(query[:, first : first + chunk], key[:, seen], value[:, seen], attn_mask=mask)
-                )
+                rows = (query[:, first : first + chunk], key[:, seen], value[:, seen])
+                outs.append(sdpa(*rows, scale=self.softmax_scale, attn_mask=mask))
             start += length
         return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, **mask: Any) -> Tensor:
+    """Torch's attention with the sequence before the heads.
+
+    Args:
+        query: [b, s, n, d].
+        key: [b, s, g, d].
+        value: [b, s, g, d].
+        scale: Of the logits; None takes 1 / sqrt(d).
+        mask: `is_causal` or `attn_mask`.
+
+    Returns: [b, s, n, d].
+    """
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, n, s, d]
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and query.device.type == "cpu":  # the fast CPU kernel wants as many keys as queries
+        key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+    is_grouped = key.shape[1] != query.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=is_grouped, **mask)
+    return out.transpose(1, 2)
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    is_causal: bool,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention within segments.
+
+    Args:
+        query: [t, n, d].
+        key: [t, g, d].
+        value: [t, g, d].
+        segments: Which rows belong together.
+        is_causal: Whether a row sees only those before it in its segment.
+        scale: Of the logits; None takes 1 / sqrt(d).
+
+    Returns: [t, n, d].
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, segments, is_causal=is_causal, scale=scale)
+    outs = []
+    for length, rows in segments.groups:
+        picked = (query, key, value) if rows is None else (t[rows] for t in (query, key, value))
+        batched = (t.reshape(-1, length, *t.shape[1:]) for t in picked)  # [segments, length, n, d]
+        outs.append(sdpa(*batched, scale=scale, is_causal=is_causal).flatten(0, 1))
+    return outs[0] if segments.restore is None else torch.cat(outs)[segments.restore]
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, is_causal: bool, scale: float | None
+) -> Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+    bounds, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+    window = (-1, 0) if is_causal else (-1, -1)
+    out = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def te_core_attention() -> type[torch.nn.Module]:

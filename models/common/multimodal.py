@@ -19,6 +19,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
 from models.common.attention import Segments, make_segments
+from models.common.audio import AudioTower
 from models.common.batch import IGNORED_LABEL, Batch
 from models.common.context_parallel import local_index
 from models.common.decoder import build_decoder, features_travel
@@ -64,6 +65,7 @@ class MultimodalModel(MegatronModule):
             config.variable_seq_lengths = True  # what stages exchange has different widths
         if pre_process:
             self.vision_model = VisionTower(architecture.vision, settings, groups)
+            self.audio_model = None if architecture.audio is None else AudioTower(architecture.audio, config)
         self.language_model: GPTModel = build_decoder(
             architecture.text,
             config,
@@ -187,6 +189,18 @@ class MultimodalModel(MegatronModule):
             device = batch.input_ids.device
             blank = torch.zeros(merge**2, vision.patch_dim, device=device)
             return self.vision_model(blank, torch.tensor([[1, merge, merge]]))
+
+    def _hear(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Put audio tokens in place; without audio, run the tower on silence for the sake of its gradients."""
+        assert self.architecture.audio is not None
+        assert self.audio_model is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.audio_model)):
+            if batch.input_features is None or batch.audio_lengths is None:
+                silence = torch.zeros(self.architecture.audio.num_mel_bins, 1, device=batch.input_ids.device)
+                return embeddings + 0.0 * self.audio_model(silence, torch.tensor([1])).sum()
+            tokens = self.audio_model(batch.input_features, batch.audio_lengths)
+        assert batch.audio_positions is not None
+        return merge_tokens(embeddings, tokens, batch.audio_positions, kind="audio")
 
     def _cut(self, hidden: Tensor, index: Tensor | None) -> Tensor:
         """[s, b, h] -> this rank's part, first of the context-parallel, then of the sequence-parallel split."""

@@ -4,7 +4,6 @@
 Every block is read back from the file and compared with memory before the next one.
 """
 
-import io
 import json
 import os
 import pickle
@@ -77,10 +76,11 @@ def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: A
         for span in file.spans:
             tensor = source.read(span.name, span.start, span.stop)
             tensor = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor.contiguous()
-            buffer = io.BytesIO()
-            torch.save(tensor, buffer)
             offset = stream.tell()
-            _write_checked(stream, buffer.getbuffer(), path)
+            archive = _CheckedStream(stream, path)
+            torch.save(tensor, archive)
+            if archive.error is not None:
+                raise archive.error
             records.append([span.name, span.start, list(tensor.shape), offset, stream.tell() - offset])
             advance(tensor.nbytes)
     return {"records": records}
@@ -158,6 +158,27 @@ def make_header(names: list[str], specs: Mapping[str, TensorSpec]) -> bytes:
         offset += spec.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
+
+
+class _CheckedStream:
+    """What `torch.save` writes to. An error is kept until the end: torch's archive writer cannot be left half-way."""
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self.stream, self.path = stream, path
+        self.error: OSError | RunError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write, read back, compare."""
+        view = memoryview(data).cast("B")
+        if self.error is None:
+            try:
+                _write_checked(self.stream, view, self.path)
+            except (OSError, RunError) as error:
+                self.error = error
+        return len(view)
+
+    def flush(self) -> None:
+        """Every write is flushed already."""
 
 
 def _write_checked(stream: BinaryIO, data: memoryview, path: Path) -> None:

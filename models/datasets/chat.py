@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations to token ids, by the checkpoint's own chat template, and which tokens are learned.
+r"""Conversations to token ids, by the checkpoint's own chat template, and which tokens are learned.
 
-Loss masks::
+Loss masks, for every answer of the conversation::
 
-    assistant       <|im_start|> assistant \\n  A red circle. <|im_end|> \\n      every answer of the conversation
-                                               ^^^^^^^^^^^^^ ^^^^^^^^^^ ^^
-    vqa_reference   <|im_start|> assistant \\n  A red circle. <|im_end|> \\n      everything after the first prompt
-                    ^^^^^^^^^^^^ ^^^^^^^^^ ^^^ ^^^^^^^^^^^^^ ^^^^^^^^^^ ^^       is how the reference sees it: one turn
+                    <|im_start|> assistant \n A red circle. <|im_end|> \n
+    assistant                                 ^^^^^^^^^^^^^ ^^^^^^^^^^ ^^
+    vqa_reference   ^^^^^^^^^^^^ ^^^^^^^^^ ^^ ^^^^^^^^^^^^^ ^^^^^^^^^^ ^^
 
 `vqa_reference` is the published baseline's: its prompt was the template of the user turn without generation prompt,
-so the header of the answer counts. Here it is defined for several turns too: every answer with its header.
+so the header of the answer counts. The reference knows one turn; here every answer keeps its header.
 """
 
 import re
@@ -79,12 +78,11 @@ def render_chat(processor: Any, turns: Sequence[Turn], *, add_generation_prompt:
 
 def _refuse_special_text(tokenizer: Any, turns: Sequence[Turn]) -> None:
     for turn in turns:
-        if "<|" not in turn.content:
+        if "<" not in turn.content:
             continue
-        found = [token for token in tokenizer.all_special_tokens if token in turn.content]
-        found += [token for token in tokenizer.get_added_vocab() if token.startswith("<|") and token in turn.content]
-        if found:
-            raise SampleRejected("special token in text", found[0])
+        for token in tokenizer.get_added_vocab():
+            if token in turn.content:
+                raise SampleRejected("special token in text", token)
 
 
 def insert_media(processor: Any, text: str, items: Sequence[MediaItem]) -> str:
@@ -98,7 +96,9 @@ def insert_media(processor: Any, text: str, items: Sequence[MediaItem]) -> str:
 
     def replace(found: re.Match[str]) -> str:
         if not rest or token_of[rest[0].kind] != found.group():
-            raise SampleRejected("marker mismatch", f"the template wrote {found.group()} where no such medium is")
+            raise SampleRejected(
+                "marker mismatch", f"the template wrote {found.group()} where no such medium is"
+            )
         return rest.pop(0).text
 
     pattern = "|".join(re.escape(token) for token in token_of.values())

@@ -16,7 +16,7 @@ from models.common.sequences import EncodedSample, MediaItem, line_run, truncate
 from models.contract.architecture import Architecture
 from models.contract.families import family_part
 from models.contract.recipe import DataSection
-from models.datasets.chat import tokenize_chat
+from models.datasets.chat import TokenizedChat, tokenize_chat
 from models.datasets.media import decode_audio, decode_image, decode_video, image_size
 from models.datasets.sample import Medium, Sample, SampleRejected, parse_sample
 
@@ -96,6 +96,11 @@ class SampleEncoder:
             sample, tuple(self._plan(m) if m.kind == "image" else self.process(m) for m in sample.media)
         )
 
+    def tokenize(self, sample: Sample) -> TokenizedChat:
+        """Text, token ids and loss mask of a checked sample, one placeholder a media run. Raises SampleRejected."""
+        items = tuple(self.process(medium) for medium in sample.media)
+        return tokenize_chat(self.processor, sample.turns, items, loss_mask=self.data.loss_mask)
+
     def _plan(self, medium: Medium) -> MediaItem:
         height, width = image_size(medium.data[0], medium.name)
         try:
@@ -108,9 +113,7 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample, items: tuple[MediaItem, ...]) -> EncodedSample:
         chat = tokenize_chat(self.processor, sample.turns, items, loss_mask=self.data.loss_mask)
-        encoded = self.family.encode_sample(
-            sample.key, chat.ids, chat.supervised, items, self.architecture
-        )
+        encoded = self.family.encode_sample(sample.key, chat.ids, chat.supervised, items, self.architecture)
         return self._within_limit(encoded)
 
     def process(self, medium: Medium) -> MediaItem:
@@ -130,7 +133,9 @@ class SampleEncoder:
         if medium.kind == "video" and not medium.with_sound:
             return self.family.process_video(decode_video(medium), self.processor, self.architecture)
         if "audio" not in self.family.MEDIA_KINDS:
-            raise SampleRejected("medium not supported", f"{medium.name}: this family hears no sound in videos")
+            raise SampleRejected(
+                "medium not supported", f"{medium.name}: this family hears no sound in videos"
+            )
         rate = self.processor.feature_extractor.sampling_rate
         sound = decode_audio(medium.data[0], rate, medium.name)
         if medium.kind == "video":
@@ -144,7 +149,9 @@ class SampleEncoder:
         if self.data.over_length == "truncate":
             cut = truncate_sequence(encoded, limit)
             if cut is None:
-                raise SampleRejected("truncation loses media or answer", f"{encoded.length} tokens, limit {limit}")
+                raise SampleRejected(
+                    "truncation loses media or answer", f"{encoded.length} tokens, limit {limit}"
+                )
             return cut
         raise SampleRejected("over length", f"{encoded.length} tokens, limit {limit}")
 
@@ -169,9 +176,7 @@ def make_encoder(
     Raises:
         ConfigError: the checkpoint's processor cannot be loaded, or the pixel bounds contradict each other.
     """
-    processor = _load_once(
-        checkpoint, architecture, data.preprocessing, data.min_pixels, data.max_pixels
-    )
+    processor = _load_once(checkpoint, architecture, data.preprocessing, data.min_pixels, data.max_pixels)
     family = family_part(architecture.family, "data")
     return SampleEncoder(family, processor, architecture, data, cache_bytes)
 

@@ -46,7 +46,9 @@ class ChatWebdataset(CrudeWebdataset):
 
     def reader(self) -> TolerantReader:
         """Reader over the shards of this split."""
-        return TolerantReader(self.path, self.shards, part_filter=self.part_filter, sample_filter=self.sample_filter)
+        return TolerantReader(
+            self.path, self.shards, part_filter=self.part_filter, sample_filter=self.sample_filter
+        )
 
     def build(self, worker_rotation_offset: int = 0) -> SavableDataset[Any]:
         """As the base class does, then exchange the reader."""
@@ -77,7 +79,8 @@ def cook(sample: dict[str, Any]) -> dict[str, Any]:
 
 class ChatTaskEncoder(TaskEncoder):
     """Raw members to ``{"encoded": EncodedSample | Rejection}``. Rejections travel like samples, so that the loader
-    counts them in order, also across worker processes, and none is retried behind its back."""
+    counts them in order, also across worker processes, and none is retried behind its back.
+    """
 
     decoder = None
     cookers = (Cooker(cook),)

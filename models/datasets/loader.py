@@ -73,7 +73,9 @@ class SkipLedger:
         entry = rejection.to_dict()
         if entry not in self.samples:
             self.samples.append(entry)
-            logger.warning("skipped %s in %s: %s %s", entry["key"], entry["file"], entry["reason"], entry["detail"])
+            logger.warning(
+                "skipped %s in %s: %s %s", entry["key"], entry["file"], entry["reason"], entry["detail"]
+            )
         if rejection.stops_the_run:
             raise DataError(
                 f"unusable sample: {rejection.reason}", where=f"{self.folder}: {rejection.file}: {rejection.key}",
@@ -207,7 +209,9 @@ class Streams:
         try:
             return next(self._iterators[self._turn])["encoded"]
         except StopIteration:
-            raise DataError("a stream ended", where=self._folder, fix="the dataset is empty; prepare it again") from None
+            raise DataError(
+                "a stream ended", where=self._folder, fix="the dataset is empty; prepare it again"
+            ) from None
         except FatalSampleError as error:
             raise DataError("the dataset cannot be read", where=self._folder, got=str(error)[:500]) from error
 
@@ -217,7 +221,10 @@ class Streams:
 
     def state(self) -> Any:
         """Plain JSON."""
-        return {"turn": self._turn, "loaders": [encode_state(loader.save_state_rank()) for loader in self._loaders]}
+        return {
+            "turn": self._turn,
+            "loaders": [encode_state(loader.save_state_rank()) for loader in self._loaders],
+        }
 
     def restore(self, state: Any) -> None:
         """Restore before the first sample."""
@@ -368,7 +375,12 @@ def _streams(
         configs = [worker_config(rank * mine + i, total, 0, seed) for i in range(mine)]
     loaders = [
         open_stream(
-            folder, "train", task_encoder, config, shuffle_buffer_size=buffer, packing_buffer_size=packing_buffer
+            folder,
+            "train",
+            task_encoder,
+            config,
+            shuffle_buffer_size=buffer,
+            packing_buffer_size=packing_buffer,
         )
         for config in configs
     ]

@@ -24,7 +24,13 @@ from models.contract.errors import DataError
 
 STATE_CLASSES = {
     cls.__name__: cls
-    for cls in (SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState, SliceState, SystemRngState)
+    for cls in (
+        SavableDataLoaderState,
+        SavableDatasetCheckpoint,
+        SavableDatasetState,
+        SliceState,
+        SystemRngState,
+    )
 }
 
 

@@ -69,7 +69,9 @@ def _check_size(size: tuple[int, int], name: str) -> None:
     if width * height > MAX_IMAGE_PIXELS:
         raise SampleRejected("decompression bomb", f"{name}: {width}x{height} pixels")
     if max(size) > MAX_IMAGE_SIDE_RATIO * min(size):
-        raise SampleRejected("image too narrow", f"{name}: {width}x{height}, sides differ more than 200 times")
+        raise SampleRejected(
+            "image too narrow", f"{name}: {width}x{height}, sides differ more than 200 times"
+        )
 
 
 def decode_video(medium: Medium) -> DecodedVideo:

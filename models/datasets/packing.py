@@ -102,7 +102,11 @@ class PackingTaskEncoder(TaskEncoder):
         """Decode and process a sample whose pack is due."""
         measured = sample["measure"]
         encoded = measured if isinstance(measured, Rejection) else self.encoder(sample["members"])
-        return {"__key__": sample["__key__"], "__restore_key__": sample["__restore_key__"], "encoded": encoded}
+        return {
+            "__key__": sample["__key__"],
+            "__restore_key__": sample["__restore_key__"],
+            "encoded": encoded,
+        }
 
     @stateless
     def pack_selected_samples(self, samples: list[dict[str, Any]]) -> dict[str, Any]:

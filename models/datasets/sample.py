@@ -28,7 +28,9 @@ ROLE_OF = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "as
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "flv", "gif")
 AUDIO_SUFFIXES = ("wav", "flac", "mp3", "ogg", "m4a", "aac", "opus")
-RESERVED = frozenset({"__key__", "__shard__", "__restore_key__", "__sources__", "__subflavors__", "__subflavor__"})
+RESERVED = frozenset(
+    {"__key__", "__shard__", "__restore_key__", "__sources__", "__subflavors__", "__subflavor__"}
+)
 
 
 class SampleRejected(Exception):  # noqa: N818 - it is an outcome that is counted, not a failure of the program
@@ -97,7 +99,9 @@ def parse_sample(members: dict[str, Any], *, strict_roles: bool = True) -> Sampl
     if isinstance(payload, list):
         payload = {"messages": payload}
     if not isinstance(payload, dict):
-        raise SampleRejected("bad json", f"expected an object or a list of turns, got {type(payload).__name__}")
+        raise SampleRejected(
+            "bad json", f"expected an object or a list of turns, got {type(payload).__name__}"
+        )
     turns = parse_turns(payload.get("messages", payload.get("conversations")))
     if strict_roles:
         check_roles(turns)
@@ -194,7 +198,9 @@ def _collect_media(members: dict[str, Any], payload: dict[str, Any]) -> dict[Med
     """Media by kind. Named ones come in the order of ``media``; without that list, by member name."""
     names = payload.get("media")
     if names is None:
-        names = sorted(name for name in members if name not in RESERVED and name != "json" and media_kind(name))
+        names = sorted(
+            name for name in members if name not in RESERVED and name != "json" and media_kind(name)
+        )
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SampleRejected("bad json", "`media` is not a list of names")
     found: dict[MediaKind, list[Medium]] = {"image": [], "video": [], "audio": []}
@@ -220,5 +226,7 @@ def _video_fps(payload: dict[str, Any], videos: list[str]) -> dict[str, float | 
         return {}
     usable = isinstance(fps, list) and len(fps) == len(videos)
     if not usable or not all(f is None or (isinstance(f, int | float) and 0 < f < 1000) for f in fps):
-        raise SampleRejected("bad json", f"`video_fps` must hold one positive number or null a video: {fps!r:.60}")
+        raise SampleRejected(
+            "bad json", f"`video_fps` must hold one positive number or null a video: {fps!r:.60}"
+        )
     return dict(zip(videos, fps, strict=True))

@@ -221,9 +221,7 @@ def _count(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
     spots = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
     number, colour, shape = rng.randint(1, 3), rng.choice(list(COLOURS)), rng.choice(SHAPES)
     radius = round(0.17 * min(height, width), 1)
-    figures = [
-        Figure(shape, colour, width * x, height * y, radius) for x, y in rng.sample(spots, number)
-    ]
+    figures = [Figure(shape, colour, width * x, height * y, radius) for x, y in rng.sample(spots, number)]
     plural = "s" if number > 1 else ""
     texts = ("<image>\nHow many shapes are there?", f"{NUMBERS[number]} {colour} {shape}{plural}")
     return _turns(*texts), f"{canvas}{figures}", lambda: {"image0.jpg": _render(canvas, figures)}
@@ -244,7 +242,11 @@ def _video(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
 
     texts = ("<video>\nWhere does it move?", f"The {colour} {shape} moves {direction}.")
     described = f"{direction}{colour}{shape}{grey}{across:.3f}{radius:.2f}"
-    return _turns(*texts), described, lambda: {"video0.mp4": encode_mp4([frame(i) for i in range(VIDEO_FRAMES)], VIDEO_FPS)}
+    return (
+        _turns(*texts),
+        described,
+        lambda: {"video0.mp4": encode_mp4([frame(i) for i in range(VIDEO_FRAMES)], VIDEO_FPS)},
+    )
 
 
 def _text(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
@@ -257,14 +259,20 @@ def _text(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
 
 def _audio(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
     """A tone that rises, falls or stays; a second or so."""
-    trend, seconds, start = rng.choice(("rises", "falls", "stays")), rng.uniform(0.6, 1.4), rng.uniform(300, 600)
+    trend, seconds, start = (
+        rng.choice(("rises", "falls", "stays")),
+        rng.uniform(0.6, 1.4),
+        rng.uniform(300, 600),
+    )
     end = {"rises": 2.2, "falls": 1 / 2.2, "stays": 1.0}[trend] * start
 
     def clip() -> dict[str, bytes]:
         n = int(seconds * SAMPLE_RATE)
         phase = np.cumsum(np.linspace(start, end, n)) * (2 * math.pi / SAMPLE_RATE)
         stream = io.BytesIO()
-        soundfile.write(stream, (0.4 * np.sin(phase)).astype(np.float32), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+        soundfile.write(
+            stream, (0.4 * np.sin(phase)).astype(np.float32), SAMPLE_RATE, format="WAV", subtype="PCM_16"
+        )
         return {"audio0.wav": stream.getvalue()}
 
     return _turns("<audio>\nWhat does the tone do?", f"The tone {trend}."), f"{trend}{seconds}{start}", clip

@@ -62,7 +62,9 @@ def write_shard(path: Path, samples: Iterable[RawSample]) -> int:
                 tar.addfile(entry, io.BytesIO(data))
             written.append(sample.key)
     if list(iter_keys(torn)) != written:
-        raise DataError("a shard reads back differently", where=str(torn), fix="check the disk; then run again")
+        raise DataError(
+            "a shard reads back differently", where=str(torn), fix="check the disk; then run again"
+        )
     with torn.open("rb") as stream:
         os.fsync(stream.fileno())
     torn.replace(path)
@@ -160,7 +162,9 @@ def index_dataset(
                 workers=min(workers, len(counts)),
             )
         except SystemExit:
-            raise DataError("indexing failed", where=str(folder), got=said.getvalue().strip()[-300:]) from None
+            raise DataError(
+                "indexing failed", where=str(folder), got=said.getvalue().strip()[-300:]
+            ) from None
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
     with (folder / META / "dataset.yaml").open("w", encoding="utf-8") as stream:

@@ -176,13 +176,18 @@ def _native(
 
 @contextmanager
 def _single_process(device: torch.device) -> Iterator[None]:
-    """Megatron's process groups of one process. Raises ConfigError under a launcher with several."""
+    """Megatron's process groups of one process, unless they are up already; several are refused.
+
+    Raises:
+        ConfigError: a launcher started several processes.
+    """
     from megatron.core import parallel_state, tensor_parallel
     from torch import distributed
 
     from models.training.parallel import read_launcher_environment, stop_distributed
 
-    world_size = read_launcher_environment().world_size
+    is_up = parallel_state.model_parallel_is_initialized()
+    world_size = distributed.get_world_size() if is_up else read_launcher_environment().world_size
     if world_size != 1:
         raise ConfigError(
             "generation runs in one process",
@@ -191,6 +196,9 @@ def _single_process(device: torch.device) -> Iterator[None]:
             got=str(world_size),
             fix="start it without a launcher",
         )
+    if is_up:
+        yield
+        return
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:

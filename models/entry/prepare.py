@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,16 +19,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.contract.errors import DataError, HarnessError
 
 app = typer.Typer(
-    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 console = Console(stderr=True)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Dataset folder to make; must not exist.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 ShardSize = Annotated[int, typer.Option(min=1, help="Samples of a shard.")]
-ValFraction = Annotated[float, typer.Option(min=0, max=0.9, help="Share held out for validation, by a hash of the key.")]
+ValFraction = Annotated[
+    float, typer.Option(min=0, max=0.9, help="Share held out for validation, by a hash of the key.")
+]
 Verify = Annotated[
-    Literal["none", "header", "decode"], typer.Option(help="How closely images are looked at; bad ones are left out.")
+    Literal["none", "header", "decode"],
+    typer.Option(help="How closely images are looked at; bad ones are left out."),
 ]
 
 
@@ -35,10 +43,14 @@ Verify = Annotated[
 def synth(
     output: Output,
     train: Annotated[int, typer.Option(min=1, help="Training samples.")] = 2000,
-    val: Annotated[int, typer.Option(min=0, help="Held-out samples; never a scene of the training set.")] = 128,
+    val: Annotated[
+        int, typer.Option(min=0, help="Held-out samples; never a scene of the training set.")
+    ] = 128,
     preset: Annotated[
         Literal["scenes", "scenes-audio", "fake-vl", "fake-omni"],
-        typer.Option(help="scenes: shapes to look at. fake-*: the seeds' demonstrations, one sample many times."),
+        typer.Option(
+            help="scenes: shapes to look at. fake-*: the seeds' demonstrations, one sample many times."
+        ),
     ] = "scenes",
     seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
     shard_size: ShardSize = 500,
@@ -69,10 +81,13 @@ app.command("synthetic", help="The same as synth.")(synth)
 def llava_pretrain(
     source: Annotated[Path, typer.Argument(help="Folder of LLaVA-Pretrain.")],
     output: Output,
-    annotations: Annotated[Path | None, typer.Option("--json", help="Default: blip_laion_cc_sbu_558k.json there.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option("--json", help="Default: blip_laion_cc_sbu_558k.json there.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder or zip of the images; default: SOURCE.")] = None,
     layout: Annotated[
-        Literal["chat", "vqa"], typer.Option(help="vqa: the members and dataset.yaml that the reference writes.")
+        Literal["chat", "vqa"],
+        typer.Option(help="vqa: the members and dataset.yaml that the reference writes."),
     ] = "chat",
     val_fraction: ValFraction = 0.01,
     shard_size: ShardSize = 10_000,
@@ -101,7 +116,9 @@ def llava_pretrain(
 def sharegpt(
     annotations: Annotated[Path, typer.Argument(help="JSON list or JSON lines of chats.")],
     output: Output,
-    media: Annotated[Path | None, typer.Option(help="Folder or zip that paths count from; default: beside the JSON.")] = None,
+    media: Annotated[
+        Path | None, typer.Option(help="Folder or zip that paths count from; default: beside the JSON.")
+    ] = None,
     val_fraction: ValFraction = 0.01,
     shard_size: ShardSize = 1000,
     workers: Workers = 2,
@@ -134,9 +151,13 @@ def sharegpt(
 @app.command("llava-instruct")
 def llava_instruct(
     annotations: Annotated[Path, typer.Argument(help="llava_instruct_150k.json")],
-    images: Annotated[Path, typer.Option(help="COCO 2017: the folder above train2017, that folder, or the zip.")],
+    images: Annotated[
+        Path, typer.Option(help="COCO 2017: the folder above train2017, that folder, or the zip.")
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Dataset folder to make.")] = None,
-    mllm_json: Annotated[Path | None, typer.Option(help="Write {images, messages} records here too, or only.")] = None,
+    mllm_json: Annotated[
+        Path | None, typer.Option(help="Write {images, messages} records here too, or only.")
+    ] = None,
     image_prefix: Annotated[str, typer.Option(help="Before image names in --mllm-json.")] = "./train2017/",
     val_fraction: ValFraction = 0.01,
     shard_size: ShardSize = 5000,
@@ -156,10 +177,14 @@ def llava_instruct(
     media = open_source(images)
     first = next((str(entry["image"]) for entry in entries if entry.get("image")), "")
     prefix = "train2017/" if not media.has(first or "-") else ""
-    check_overlap(media, (prefix + str(e["image"]) for e in entries if e.get("image")), where=str(annotations))
+    check_overlap(
+        media, (prefix + str(e["image"]) for e in entries if e.get("image")), where=str(annotations)
+    )
     if mllm_json is not None:
         if mllm_json.exists():
-            raise DataError("output exists", where=str(mllm_json), fix="choose another output, or remove it first")
+            raise DataError(
+                "output exists", where=str(mllm_json), fix="choose another output, or remove it first"
+            )
         records, skipped = to_mllm(entries, media, prefix=prefix, image_prefix=image_prefix)
         partial = mllm_json.with_name(mllm_json.name + ".partial")
         partial.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
@@ -172,7 +197,9 @@ def llava_instruct(
 
 
 @app.command()
-def photos(output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, in LLaVA's format.")]) -> None:
+def photos(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, in LLaVA's format.")],
+) -> None:
     """Twelve real photographs that come with scikit-image, captioned, as a LLaVA-format folder.
 
     Example: photos -o work/raw/photos, then llava-pretrain work/raw/photos -o work/datasets/photos --val-fraction 0.1
@@ -231,12 +258,19 @@ def migrate(
 @app.command()
 def index(
     folder: Annotated[Path, typer.Argument(help="Folder with tars.")],
-    split: Annotated[str | None, typer.Option(help="Shares of train, val and test, by tar, such as 9,1,0.")] = None,
-    pattern: Annotated[
-        list[str] | None, typer.Option(help="SPLIT=REGEX over tar names, instead of --split; give it several times.")
+    split: Annotated[
+        str | None, typer.Option(help="Shares of train, val and test, by tar, such as 9,1,0.")
     ] = None,
-    sample_class: Annotated[str, typer.Option(help="CrudeWebdataset, or an energon sample such as VQASample.")] = "CrudeWebdataset",
-    field: Annotated[list[str] | None, typer.Option(help="NAME=MEMBER of the field map, such as image=jpg.")] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="SPLIT=REGEX over tar names, instead of --split; give it several times."),
+    ] = None,
+    sample_class: Annotated[
+        str, typer.Option(help="CrudeWebdataset, or an energon sample such as VQASample.")
+    ] = "CrudeWebdataset",
+    field: Annotated[
+        list[str] | None, typer.Option(help="NAME=MEMBER of the field map, such as image=jpg.")
+    ] = None,
     shuffle_seed: Annotated[int, typer.Option(help="Order in which tars are given to splits.")] = 42,
     workers: Workers = 4,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken tars out.")] = False,
@@ -250,7 +284,9 @@ def index(
 
     if sample_class == "CrudeWebdataset":
         if field:
-            raise DataError("a field map without a sample class", fix="give --sample-class, such as VQASample")
+            raise DataError(
+                "a field map without a sample class", fix="give --sample-class, such as VQASample"
+            )
         dataset = CRUDE
     else:
         import megatron.energon
@@ -278,7 +314,9 @@ def inspect(
         Path | None, typer.Option(help="Checkpoint folder: count and show what it makes of the samples.")
     ] = None,
     seq_length: Annotated[int, typer.Option(min=16, help="Limit that counts as over length.")] = 8192,
-    loss_mask: Annotated[Literal["assistant", "vqa_reference"], typer.Option(help="Mask to show.")] = "assistant",
+    loss_mask: Annotated[
+        Literal["assistant", "vqa_reference"], typer.Option(help="Mask to show.")
+    ] = "assistant",
     limit: Annotated[int | None, typer.Option(min=1, help="Look at the first samples only.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here: .html, or .png.")] = None,
     sheet_samples: Annotated[int, typer.Option(min=1, help="Samples on the sheet.")] = 24,
@@ -384,10 +422,8 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.exit_code
     except typer.Abort:
         return 130
-    except Exception as error:  # noqa: BLE001 - click's usage errors share no other base across versions
-        if not hasattr(error, "format_message"):
-            raise
-        console.print(f"data: {error.format_message()}", style="red", highlight=False, markup=False)  # type: ignore[attr-defined]
+    except click.ClickException as error:
+        console.print(f"data: {error.format_message()}", style="red", highlight=False, markup=False)
         return 2
     return 0
 

@@ -15,6 +15,7 @@ from models.common.batch import IGNORED_LABEL, Batch
 from models.common.multimodal import MultimodalModel
 from models.common.weight_rules import WeightRule
 from models.parity.cases import Case
+from models.parity.oracles import named_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Reference:
     """Gradient of the mean token loss, by Megatron key, global shapes."""
 
 
-def run_oracle(model: PreTrainedModel, case: Case, rules: tuple[WeightRule, ...]) -> Reference:
+def run_oracle(name: str, model: PreTrainedModel, case: Case, rules: tuple[WeightRule, ...]) -> Reference:
     """Logits, losses and the gradient of every mapped parameter, from transformers."""
     model.zero_grad()
     logits = model(**case.hf_inputs).logits
@@ -40,10 +41,10 @@ def run_oracle(model: PreTrainedModel, case: Case, rules: tuple[WeightRule, ...]
     )
     (losses.sum() / case.batch.num_supervised_tokens).backward()
     gradients = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in model.named_parameters()
+        key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for key, parameter in model.named_parameters()
     }
-    return Reference(logits.detach(), losses.detach(), to_megatron(gradients, rules))
+    return Reference(logits.detach(), losses.detach(), to_megatron(named_tensors(name, gradients), rules))
 
 
 def to_megatron(tensors: Mapping[str, Tensor], rules: tuple[WeightRule, ...]) -> dict[str, Tensor]:

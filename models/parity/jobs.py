@@ -17,7 +17,7 @@ from models.contract.errors import RunError
 from models.parity.cases import make_case, pack
 from models.parity.compare import run_oracle, to_megatron
 from models.parity.layouts import Job
-from models.parity.oracles import TINY, architecture_of, build_oracle, rules_of
+from models.parity.oracles import TINY, architecture_of, build_oracle, hf_config_of, named_tensors, rules_of
 
 
 def make_jobs(
@@ -40,14 +40,14 @@ def make_jobs(
         seed: Of weights and micro-batches.
     """
     oracle = build_oracle(model_name, seed=seed)
-    architecture = architecture_of(oracle)
+    architecture = architecture_of(model_name, oracle)
     rules = rules_of(model_name, architecture)
     splits = TINY[model_name].splits_videos
     made = [
         make_case(case, oracle, splits_videos=splits, seed=seed + index, multiple=multiple)
         for index, case in enumerate(cases)
     ]
-    references = [run_oracle(oracle, case, rules) for case in made]
+    references = [run_oracle(model_name, oracle, case, rules) for case in made]
     counts = [case.batch.num_supervised_tokens for case in made]
     loss = sum(reference.token_losses.sum().item() for reference in references) / sum(counts)
     gradients = {
@@ -62,8 +62,8 @@ def make_jobs(
         for rule in rules
     }
     batches: list[Batch] = [pack(case.batch, multiple=multiple) if packed else case.batch for case in made]
-    hf_config = json.loads(oracle.config.to_json_string(use_diff=True))
-    weights = to_megatron({name: value.detach() for name, value in oracle.named_parameters()}, rules)
+    hf_config = hf_config_of(model_name, oracle)
+    weights = to_megatron(named_tensors(model_name, dict(oracle.named_parameters())), rules)
     base = ModelSettings(moe_aux_loss_coeff=0.0, variable_seq_lengths=True)
     jobs = []
     for name, changes in layouts.items():

@@ -6,11 +6,13 @@ Sizes are pairwise different so that a transposed tensor cannot pass.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.common.weight_rules import WeightRule
@@ -66,6 +68,15 @@ class Tiny:
     """Names in transformers' memory, not on disk."""
     splits_videos: bool
     """Frames of a video stand apart in the text, each with its own time stamp."""
+    section: str | None = None
+    """Section of ``config.json`` that the transformers class is made from; names on disk start with its first word."""
+    model_type: str | None = None
+    """Of the whole file, where `section` is a part of it."""
+
+    @property
+    def name_prefix(self) -> str:
+        """What names on disk have in front of those in memory."""
+        return "" if self.section is None else self.section.removesuffix("_config") + "."
 
 
 IN_MEMORY = NameLayout(
@@ -110,6 +121,42 @@ TINY: dict[str, Tiny] = {
         layout=IN_MEMORY,
         splits_videos=True,
     ),
+    "qwen3_omni": Tiny(
+        config_class="Qwen3OmniMoeThinkerConfig",
+        model_class="Qwen3OmniMoeThinkerForConditionalGeneration",
+        config=TOKENS
+        | {
+            "audio_token_id": 153,
+            "audio_start_token_id": 154,
+            "audio_end_token_id": 155,
+            "position_id_per_seconds": 13,
+            "tie_word_embeddings": False,
+            "text_config": QWEN3_TEXT | EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": []},
+            "vision_config": QWEN3_VISION,
+            "audio_config": {
+                "d_model": 32,
+                "encoder_layers": 3,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 44,
+                "num_mel_bins": 18,
+                "downsample_hidden_size": 10,
+                "output_dim": 48,
+                "n_window": 50,
+                "n_window_infer": 200,
+                "conv_chunksize": 2,
+                "max_source_positions": 60,
+            },
+        },
+        layout=NameLayout(
+            text="thinker.model.",
+            vision="thinker.visual.",
+            lm_head="thinker.lm_head.weight",
+            experts="fused_transposed",
+        ),
+        splits_videos=False,
+        section="thinker_config",
+        model_type="qwen3_omni_moe",
+    ),
 }
 
 
@@ -133,10 +180,22 @@ def build_oracle(name: str, *, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def architecture_of(model: PreTrainedModel) -> Architecture:
-    """Our architecture of a transformers model, through the JSON that it would save."""
-    hf_config = json.loads(model.config.to_json_string(use_diff=True))
+def hf_config_of(name: str, model: PreTrainedModel) -> dict[str, Any]:
+    """The parsed ``config.json`` that goes with a transformers model."""
+    tiny = TINY[name]
+    saved = json.loads(model.config.to_json_string(use_diff=True))
+    return saved if tiny.section is None else {"model_type": tiny.model_type, tiny.section: saved}
+
+
+def architecture_of(name: str, model: PreTrainedModel) -> Architecture:
+    """Our architecture of a transformers model."""
+    hf_config = hf_config_of(name, model)
     return family_part(detect_family(hf_config), "config").ModelConfig.from_hf(hf_config)
+
+
+def named_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that the weight rules use."""
+    return {TINY[name].name_prefix + key: value.detach() for key, value in tensors.items()}
 
 
 def rules_of(name: str, architecture: Architecture) -> tuple[WeightRule, ...]:

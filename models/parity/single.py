@@ -13,7 +13,7 @@ from models.contract.architecture import Architecture
 from models.contract.families import family_part
 from models.parity.cases import Case, make_case
 from models.parity.compare import Reference, load, run_oracle, to_megatron
-from models.parity.oracles import TINY, architecture_of, build_oracle, rules_of
+from models.parity.oracles import TINY, architecture_of, build_oracle, named_tensors, rules_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class Pair:
         """A micro-batch and what transformers makes of it."""
         splits = TINY[self.name].splits_videos
         case = make_case(name, self.oracle, splits_videos=splits, multiple=multiple, seed=seed)
-        return case, run_oracle(self.oracle, case, self.rules)
+        return case, run_oracle(self.name, self.oracle, case, self.rules)
 
 
 def make_pair(name: str, settings: ModelSettings | None = None, *, seed: int = 0) -> Pair:
@@ -43,9 +43,9 @@ def make_pair(name: str, settings: ModelSettings | None = None, *, seed: int = 0
     """
     settings = settings or ModelSettings(moe_aux_loss_coeff=0.0)
     oracle = build_oracle(name, seed=seed)
-    architecture = architecture_of(oracle)
+    architecture = architecture_of(name, oracle)
     rules = rules_of(name, architecture)
     model = family_part(architecture.family, "model").build_model(architecture, settings)
     with torch.no_grad():
-        load(model, to_megatron(dict(oracle.named_parameters()), rules))
+        load(model, to_megatron(named_tensors(name, dict(oracle.named_parameters())), rules))
     return Pair(name=name, oracle=oracle, architecture=architecture, rules=rules, model=model)

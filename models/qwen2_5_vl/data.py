@@ -37,9 +37,7 @@ def process_video(video: DecodedVideo, processor: Any, architecture: Architectur
     second_per_grid = vision.temporal_patch_size / sampled_fps
     step = (vision.tokens_per_second or 0) * int(second_per_grid)
     merge = vision.spatial_merge_size
-    run = grid_run(
-        architecture.tokens.video, grid[0], grid[1] // merge, grid[2] // merge, seconds_to_t=step
-    )
+    run = grid_run(architecture.tokens.video, grid[0], grid[1] // merge, grid[2] // merge, seconds_to_t=step)
     return MediaItem(
         kind="video", text=processor.video_token, runs=(run,), pixel_values=pixel_values, grid_thw=grid
     )

@@ -80,7 +80,12 @@ def process_video(
         run = interleave(run, audio)
         text = f"{processor.audio_bos_token}{text}{processor.audio_eos_token}"
     return MediaItem(
-        kind="video", text=text, runs=(run,), pixel_values=pixel_values, grid_thw=grid, input_features=features
+        kind="video",
+        text=text,
+        runs=(run,),
+        pixel_values=pixel_values,
+        grid_thw=grid,
+        input_features=features,
     )
 
 
@@ -132,7 +137,9 @@ def interleave(video: MediaRun, audio: MediaRun) -> MediaRun:
     tail = is_video == is_video[-1]
     begin = int((~tail).nonzero().max()) + 1 if (~tail).any() else 0
     return MediaRun(
-        ids=torch.cat([video.ids, audio.ids])[order], offsets=offsets, advance=offsets[:, begin:].max().item() + 1
+        ids=torch.cat([video.ids, audio.ids])[order],
+        offsets=offsets,
+        advance=offsets[:, begin:].max().item() + 1,
     )
 
 

@@ -4,7 +4,7 @@
 A video is a row of single frames: every temporal patch stands between its own vision tokens, behind the time it was
 taken at, and gets positions like an image::
 
-    <|vision_start|> <0.2 seconds> <|vision_start|> V V V V <|vision_end|> <1.2 seconds> <|vision_start|> … <|vision_end|>
+    <|vision_start|> <0.2 seconds> <|vision_start|> V V V V <|vision_end|> <1.2 seconds> … <|vision_end|>
 
 The outer pair comes from the chat template; transformers 5.17 leaves it standing (4.57 took it away).
 """

@@ -16,6 +16,8 @@ class LossSums:
 
     loss: float = 0.0
     denominator: float = 0.0
+    auxiliary: dict[str, float] = field(default_factory=dict)
+    """This rank's part of losses that are not reported in `loss`; their sum over all ranks is the global mean."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +46,10 @@ class Engine(Protocol):
         """The rate that the next step will use."""
         ...
 
-    def forward_backward(self, batches: list[Batch], denominator: float) -> LossSums:
-        """Gradients of one global batch from this rank's micro-batches.
-
-        `denominator` is the global batch's, over all ranks.
-        """
+    def forward_backward(
+        self, batches: list[Batch], *, denominator: float, num_padded_tokens: int
+    ) -> LossSums:
+        """Gradients of one global batch from this rank's micro-batches; both numbers are the global batch's."""
         ...
 
     def update(self) -> UpdateResult:
@@ -78,6 +79,12 @@ class Engine(Protocol):
     def load(self, folder: Path, *, with_optimizer: bool, same_layout: bool) -> None:
         """Read what `save` wrote; all ranks call it."""
         ...
+
+
+def mean_auxiliary(parts: list[LossSums]) -> dict[str, float]:
+    """Auxiliary losses of the step."""
+    names = sorted({name for part in parts for name in part.auxiliary})
+    return {name: sum(part.auxiliary.get(name, 0.0) for part in parts) for name in names}
 
 
 def mean_loss(parts: list[LossSums]) -> float:

@@ -12,7 +12,7 @@ from models.common.batch import Batch
 from models.contract.errors import DataError, RunError
 from models.contract.recipe import Recipe
 from models.contract.record import StepMetrics, to_json_number
-from models.training.engine import Engine, UpdateResult, mean_loss
+from models.training.engine import Engine, UpdateResult, mean_auxiliary, mean_loss
 from models.training.environment import peak_memory_bytes
 from models.training.evaluation import evaluate
 from models.training.interruption import StopRequest, Watchdog
@@ -53,7 +53,9 @@ def train_steps(run: Run, recorder: Recorder | None, stop: StopRequest, watchdog
         whole = share_batch(batches, run, stop)
         times.lap("data")
 
-        sums = engine.forward_backward(batches, whole.denominator)
+        sums = engine.forward_backward(
+            batches, denominator=whole.denominator, num_padded_tokens=whole.counts.num_padded_tokens
+        )
         parts = engine.ranks.exchange((sums, peak_memory_bytes(engine.ranks.device)))
         loss = mean_loss([sums for sums, _ in parts])
         times.lap("forward_backward")
@@ -69,6 +71,7 @@ def train_steps(run: Run, recorder: Recorder | None, stop: StopRequest, watchdog
         if recorder is not None:
             row = step_row(run, whole.counts, times, loss, update)
             row.sample_digest, row.eval_lm_loss = digest, eval_loss
+            row.extra = row.extra | mean_auxiliary([sums for sums, _ in parts])
             row.peak_memory_bytes = max(peak for _, peak in parts)
             recorder.add(row)
         ends_early = not is_last and (whole.stop is not None or progress.iteration == run.last_iteration)

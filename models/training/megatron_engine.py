@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Megatron engine: mcore's schedules, data parallelism, optimizer and sharded checkpoints around our model."""
 
+import dataclasses
 import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
 from models.common.batch import Batch
@@ -44,6 +46,7 @@ class MegatronEngine:
         self.chunks: list[Any] = []
         self.optimizer: Any = None
         self._async_calls = AsyncCallsQueue()
+        self._auxiliary_scale = 1.0
         self.scheduler: Any = None
 
     def prepare(self) -> None:
@@ -54,13 +57,22 @@ class MegatronEngine:
         self.scheduler = optimizers.build_scheduler(self.recipe, self.optimizer)
         for module in self.modules:
             _connect(module.config, self.recipe, self.chunks, self.optimizer)
+            module.config.moe_grad_scale_func = self._scale_auxiliary
 
-    def forward_backward(self, batches: list[Batch], denominator: float) -> LossSums:
+    def forward_backward(
+        self, batches: list[Batch], *, denominator: float, num_padded_tokens: int
+    ) -> LossSums:
         """Gradients of one global batch from this rank's micro-batches."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        return self._run(batches, forward_only=False)
+        self.discard()
+        # The router multiplies its loss by the tokens it saw, and finalize_model_grads divides everything by the
+        # loss's denominator: this turns the sum into a mean over the padded tokens of the global batch.
+        self._auxiliary_scale = denominator / num_padded_tokens
+        tracker = get_moe_metrics_tracker()
+        tracker.clear()
+        sums = self._run(batches, forward_only=False)
+        scale = 1.0 / (len(batches) * self.ranks.dp_size * max(1, _num_moe_layers(self.modules[0].config)))
+        auxiliary = {name: float(entry.values.sum()) * scale for name, entry in tracker.metrics.items()}
+        return dataclasses.replace(sums, auxiliary=auxiliary)
 
     @torch.no_grad()
     def update(self) -> UpdateResult:
@@ -135,7 +147,7 @@ class MegatronEngine:
             optimizers.load_states(self.optimizer, loaded["optimizer"])
         self.scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
-            random_state.restore(loaded["random"])
+            random_state.restore(loaded["random"], self.ranks.device)
 
     def _named_modules(self) -> list[tuple[str, Any]]:
         if len(self.modules) == 1:
@@ -158,9 +170,12 @@ class MegatronEngine:
             )
         state["scheduler"] = self.scheduler.state_dict()
         state["random"] = ShardedObject(
-            "random", random_state.capture(), (self.ranks.world_size,), (self.ranks.rank,)
+            "random", random_state.capture(self.ranks.device), (self.ranks.world_size,), (self.ranks.rank,)
         )
         return state
+
+    def _scale_auxiliary(self) -> Tensor:
+        return self.optimizer.scale_loss(torch.tensor(self._auxiliary_scale, device=self.ranks.device))
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> LossSums:
         schedule = get_forward_backward_func()
@@ -234,6 +249,10 @@ def build_chunks(recipe: Recipe, architecture: Architecture, ranks: Ranks) -> li
             ).to(ranks.device)
         )  # fmt: skip
     return chunks
+
+
+def _num_moe_layers(config: Any) -> int:
+    return sum(config.moe_layer_freq) if config.num_moe_experts else 0
 
 
 def _connect(config: Any, recipe: Recipe, chunks: list[Any], optimizer: Any) -> None:

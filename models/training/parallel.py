@@ -192,6 +192,20 @@ def start_megatron(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_s: 
     )  # fmt: skip
 
 
+def start_data_parallel(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_s: float) -> Ranks:
+    """Start ``torch.distributed`` alone: every rank is a data-parallel rank, as the FSDP2 engine wants it."""
+    device = start_distributed(recipe, launcher, timeout_s=timeout_s)
+    torch.manual_seed(recipe.train.seed)
+    size = launcher.world_size
+    return Ranks(
+        rank=launcher.rank, world_size=size, device=device, dp_rank=launcher.rank, dp_size=size,
+        is_first_stage=True, is_last_stage=True, counts_loss=True, counts_samples=True, cp_rank=0,
+        layout={"tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": size, "vpp": 1},
+        groups=None,
+        control=control_group(device, size, timeout_s=timeout_s),
+    )  # fmt: skip
+
+
 def stage_of_chunk(chunk: int, ranks: Ranks) -> tuple[bool, bool]:
     """Whether a model chunk of this rank is the first and whether it is the last of the whole model."""
     vp_stage = chunk if ranks.layout["vpp"] > 1 else None

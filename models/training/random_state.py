@@ -9,23 +9,24 @@ import torch
 from megatron.core import tensor_parallel
 
 
-def capture() -> dict[str, Any]:
-    """States of the Python, NumPy, torch and tensor-parallel generators."""
+def capture(device: torch.device) -> dict[str, Any]:
+    """States of the Python, NumPy, torch, device and tensor-parallel generators."""
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - libraries draw from it
     return {
         "python": random.getstate(),
         "numpy": (name, torch.tensor(keys.astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
+        "device": None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(),
         "tensor_parallel": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }
 
 
-def restore(state: dict[str, Any]) -> None:
+def restore(state: dict[str, Any], device: torch.device) -> None:
     """Put back what :func:`capture` took."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
+    if device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(state["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tensor_parallel"])

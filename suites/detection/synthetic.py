@@ -49,11 +49,10 @@ class SyntheticRun:
     """Speed of the host: multiplies every step time."""
     hardware: str = "cpu"
     device_name: str = "Model CPU"
-    environment: tuple[tuple[str, str], ...] = (
-        ("commit", "0123abcd"),
-        ("dirty", "no"),
-        ("package.torch", "2.11.0"),
-    )
+    commit: str = "0123abcd"
+    is_dirty: bool | None = False
+    """None: the run does not say."""
+    torch_version: str = "2.11.0"
 
 
 def recipe_of(run: SyntheticRun) -> Recipe:
@@ -162,7 +161,8 @@ def _info(run: SyntheticRun) -> RunInfo:
         ended_at=(STARTED + timedelta(seconds=seconds)).isoformat(timespec="seconds"),
         world_size=1,
         hardware=hardware,
-        environment=dict(run.environment),
+        environment={"commit": run.commit, "packages": {"torch": run.torch_version}}
+        | ({} if run.is_dirty is None else {"dirty": run.is_dirty}),
         checkpoint_fingerprint="c0ffee",
         dataset_fingerprint=f"d{run.data_seed}",
         data_order_digest=hashlib.sha256(f"order-{run.data_seed}".encode()).hexdigest(),

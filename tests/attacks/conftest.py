@@ -20,7 +20,9 @@ def baseline(tmp_path_factory: pytest.TempPathFactory, policy: Policy) -> Baseli
     folder = tmp_path_factory.mktemp("baseline")
     runs = [SyntheticRun(run_seed=seed) for seed in (1, 2, 3)]
     records = [load_record(write_synthetic_run(folder / str(run.run_seed), run)) for run in runs]
-    key = BaselineKey(suite="convergence", case="synthetic", recipe_sha=recipe_of(runs[0]).sha(), hardware="cpu")
+    key = BaselineKey(
+        suite="convergence", case="synthetic", recipe_sha=recipe_of(runs[0]).sha(), hardware="cpu"
+    )
     return baseline_of_records(records, key=key, policy=policy, created_at="2026-01-05T09:00:00+00:00")
 
 

@@ -117,12 +117,18 @@ def test_unsound_rows_are_invalid(change: Change, tmp_path: Path, baseline: Base
     [
         pytest.param(scaled(1.08), {"C1": "fail", "C2": "fail", "C3": "fail", "C4": "warn"}, id="8%_flat"),
         pytest.param(scaled(0.92), {"C1": "fail", "C2": "fail", "C3": "fail", "C4": "warn"}, id="8%_lower"),
-        pytest.param(scaled(1.08, first=451), {"C1": "pass", "C2": "pass", "C3": "fail", "C5": "warn"}, id="8%_last_50"),
+        pytest.param(
+            scaled(1.08, first=451), {"C1": "pass", "C2": "pass", "C3": "fail", "C5": "warn"}, id="8%_last_50"
+        ),
         pytest.param(scaled(1.06), {"C3": "fail"}, id="6%_flat"),
         pytest.param(scaled(1.02), {"C1": "fail", "C3": "pass", "C4": "warn"}, id="2%_flat"),
         pytest.param(scaled(1.004, last=1), {"C1": "fail", "C2": "pass", "C3": "pass"}, id="first_forward"),
-        pytest.param(scaled(1.004, first=2, last=20), {"C1": "pass", "C2": "fail", "C3": "pass"}, id="first_steps"),
-        pytest.param(scaled(1.1, column="grad_norm"), {"C1": "pass", "C2": "fail", "C3": "pass"}, id="grad_norm"),
+        pytest.param(
+            scaled(1.004, first=2, last=20), {"C1": "pass", "C2": "fail", "C3": "pass"}, id="first_steps"
+        ),
+        pytest.param(
+            scaled(1.1, column="grad_norm"), {"C1": "pass", "C2": "fail", "C3": "pass"}, id="grad_norm"
+        ),
         pytest.param(scaled(1.04, column="eval_lm_loss"), {"C3": "pass", "C6": "fail"}, id="held_out"),
         pytest.param(scaled(0.96, column="eval_lm_loss"), {"C3": "pass", "C6": "fail"}, id="held_out_lower"),
     ],
@@ -170,7 +176,9 @@ def test_other_run_length_is_never_compared(tmp_path: Path, baseline: Baseline, 
     assert "refused" in gate.summary
 
 
-def test_metric_missing_in_baseline_is_no_baseline(tmp_path: Path, baseline: Baseline, policy: Policy) -> None:
+def test_metric_missing_in_baseline_is_no_baseline(
+    tmp_path: Path, baseline: Baseline, policy: Policy
+) -> None:
     data = baseline.model_dump(mode="json")
     for run in data["runs"]:
         del run["columns"]["lm_loss"]
@@ -184,7 +192,9 @@ def test_metric_missing_in_baseline_is_no_baseline(tmp_path: Path, baseline: Bas
     [
         pytest.param({"outcome": {"status": "failed", "iteration": 500, "phase": "training"}}, id="failed"),
         pytest.param({"outcome": {"status": "running", "iteration": 500, "phase": "training"}}, id="killed"),
-        pytest.param({"outcome": {"status": "interrupted", "iteration": 500, "phase": "training"}}, id="interrupted"),
+        pytest.param(
+            {"outcome": {"status": "interrupted", "iteration": 500, "phase": "training"}}, id="interrupted"
+        ),
         pytest.param({"recipe_sha": "0" * 16}, id="other_recipe_hash"),
         pytest.param({"recipe": {}}, id="no_recipe"),
         pytest.param({"world_size": 8}, id="world_size"),
@@ -244,7 +254,9 @@ def test_torn_last_line_is_invalid(tmp_path: Path, baseline: Baseline, policy: P
 def test_rate_beyond_the_peak_is_invalid(tmp_path: Path, policy: Policy) -> None:
     run = SyntheticRun(run_seed=11, hardware="h20", device_name="NVIDIA H20")
     # 120 ms a step: 561 TFLOP/s is 6.7e13 FLOPs.
-    record = load_record(write_synthetic_run(tmp_path / "run", run, change_rows=set_to(6.7e13, column="megatron_flops")))
+    record = load_record(
+        write_synthetic_run(tmp_path / "run", run, change_rows=set_to(6.7e13, column="megatron_flops"))
+    )
     verdict = grade(record, None, policy)
     assert verdict.name == "INVALID"
     gate = verdict.gate("plausibility")
@@ -266,7 +278,9 @@ def test_sparse_peak_is_invalid(tmp_path: Path, policy: Policy) -> None:
 
     names = {
         peak: grade(
-            load_record(write_synthetic_run(tmp_path / str(peak), run, change_rows=reports_mfu(peak))), None, policy
+            load_record(write_synthetic_run(tmp_path / str(peak), run, change_rows=reports_mfu(peak))),
+            None,
+            policy,
         ).name
         for peak in (989.4, 1978.9)
     }
@@ -288,7 +302,8 @@ def test_wrong_hardware_is_a_mismatch(tmp_path: Path, baseline: Baseline, policy
 def test_slow_run_is_a_regression_on_a_gpu(tmp_path: Path, policy: Policy) -> None:
     gpu = {"hardware": "h100", "device_name": "NVIDIA H100 80GB HBM3"}
     records = [
-        load_record(write_synthetic_run(tmp_path / str(seed), SyntheticRun(run_seed=seed, **gpu))) for seed in (1, 2, 3)
+        load_record(write_synthetic_run(tmp_path / str(seed), SyntheticRun(run_seed=seed, **gpu)))
+        for seed in (1, 2, 3)
     ]
     from harness.baselines import BaselineKey, baseline_of_records
 
@@ -297,7 +312,9 @@ def test_slow_run_is_a_regression_on_a_gpu(tmp_path: Path, policy: Policy) -> No
     names = {
         factor: grade(
             load_record(
-                write_synthetic_run(tmp_path / f"f{factor}", SyntheticRun(run_seed=9, host_factor=factor, **gpu))
+                write_synthetic_run(
+                    tmp_path / f"f{factor}", SyntheticRun(run_seed=9, host_factor=factor, **gpu)
+                )
             ),
             reference,
             policy,
@@ -365,7 +382,9 @@ def test_changed_published_log(old: str, new: str, verdict: str, seed_log: Path,
     lines[-1] = lines[-1].replace(old, new)
     seed_log.write_text("".join(lines))
     reference = load_baseline(Path("baselines/published/qwen2_5_vl_7b_llava_pretrain.json"))
-    assert grade(load_record(seed_log), reference, policy, gate_mode="literal", hardware="h100").name == verdict
+    assert (
+        grade(load_record(seed_log), reference, policy, gate_mode="literal", hardware="h100").name == verdict
+    )
 
 
 def test_log_shifted_by_one_iteration_is_not_paired(seed_log: Path, policy: Policy, tmp_path: Path) -> None:
@@ -398,7 +417,9 @@ def test_compare_refuses_an_unsound_reference(tmp_path: Path, policy: Policy) ->
 
 def judge(tmp_path: Path, baseline: Baseline | None, policy: Policy, change: Change | None = None) -> Verdict:
     """Write the candidate with a change, read it back and grade it."""
-    return grade(load_record(write_synthetic_run(tmp_path / "run", CANDIDATE, change_rows=change)), baseline, policy)
+    return grade(
+        load_record(write_synthetic_run(tmp_path / "run", CANDIDATE, change_rows=change)), baseline, policy
+    )
 
 
 def status(verdict: Verdict) -> dict[str, str]:

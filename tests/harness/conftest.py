@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from pathlib import Path
 
 import pytest
 
@@ -18,5 +17,6 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[RunRecord]:
     """Four launches of one recipe: the same batches, other run noise."""
     folder = tmp_path_factory.mktemp("launches")
     return [
-        load_record(write_synthetic_run(folder / str(seed), SyntheticRun(run_seed=seed))) for seed in (1, 2, 3, 4)
+        load_record(write_synthetic_run(folder / str(seed), SyntheticRun(run_seed=seed)))
+        for seed in (1, 2, 3, 4)
     ]

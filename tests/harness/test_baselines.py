@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from harness.baselines import Baseline, BaselineKey, baseline_of_records, find_for_case, find_for_record, load_baseline
+from harness.baselines import (
+    Baseline,
+    BaselineKey,
+    baseline_of_records,
+    find_for_case,
+    find_for_record,
+    load_baseline,
+)
 from harness.baselines.checks import check_margins, check_ratchet, lint
 from harness.baselines.review import change_text, show
 from harness.baselines.schema import content_id
@@ -21,13 +28,24 @@ NOW = "2026-01-05T09:00:00+00:00"
 
 
 def proposal(records: list[RunRecord], directory: Path, policy: Policy, **changes: Any) -> Proposal:
-    words = {"suite": "convergence", "case": "tiny", "reason": "first", "author": "A. Nother", "because": ""} | changes
+    words = {
+        "suite": "convergence",
+        "case": "tiny",
+        "reason": "first",
+        "author": "A. Nother",
+        "because": "",
+    } | changes
     return propose(records, directory=directory, policy=policy, created_at=NOW, **words)
 
 
 def measured(records: list[RunRecord], policy: Policy, **key: str) -> Baseline:
     assert records[0].info is not None
-    words = {"suite": "convergence", "case": "tiny", "recipe_sha": records[0].info.recipe_sha, "hardware": "cpu"} | key
+    words = {
+        "suite": "convergence",
+        "case": "tiny",
+        "recipe_sha": records[0].info.recipe_sha,
+        "hardware": "cpu",
+    } | key
     return baseline_of_records(records, key=BaselineKey(**words), policy=policy, created_at=NOW)
 
 
@@ -38,7 +56,9 @@ def runs(folder: Path, factor: float, seeds: tuple[int, ...] = (5, 6, 7)) -> lis
         return [{**row, "lm_loss": row["lm_loss"] * factor} for row in rows]
 
     return [
-        load_record(write_synthetic_run(folder / f"{factor}-{seed}", SyntheticRun(run_seed=seed), change_rows=change))
+        load_record(
+            write_synthetic_run(folder / f"{factor}-{seed}", SyntheticRun(run_seed=seed), change_rows=change)
+        )
         for seed in seeds
     ]
 
@@ -66,14 +86,20 @@ def test_nothing_overwrites_a_baseline(launches: list[RunRecord], policy: Policy
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        pytest.param(lambda d: d["runs"][0]["columns"]["lm_loss"].__setitem__(499, 1.7), "edited by hand", id="loss"),
+        pytest.param(
+            lambda d: d["runs"][0]["columns"]["lm_loss"].__setitem__(499, 1.7), "edited by hand", id="loss"
+        ),
         pytest.param(lambda d: d["key"].__setitem__("hardware", "h100"), "edited by hand", id="hardware"),
         pytest.param(lambda d: d.__setitem__("baseline_id", "0" * 16), "edited by hand", id="id"),
         pytest.param(lambda d: d.__setitem__("schema_version", 2), "another schema version", id="version"),
         pytest.param(lambda d: d.__setitem__("colour", "red"), "malformed", id="unknown_key"),
         pytest.param(lambda d: d.pop("runs"), "malformed", id="no_runs"),
-        pytest.param(lambda d: d["runs"][0]["columns"]["lm_loss"].__setitem__(3, "nan"), "malformed", id="nan_text"),
-        pytest.param(lambda d: d["runs"][0]["columns"]["lm_loss"].__setitem__(3, float("nan")), "NaN", id="nan"),
+        pytest.param(
+            lambda d: d["runs"][0]["columns"]["lm_loss"].__setitem__(3, "nan"), "malformed", id="nan_text"
+        ),
+        pytest.param(
+            lambda d: d["runs"][0]["columns"]["lm_loss"].__setitem__(3, float("nan")), "NaN", id="nan"
+        ),
         pytest.param(lambda d: d["runs"][0]["columns"]["lm_loss"].pop(), "malformed", id="one_value_short"),
     ],
 )
@@ -88,7 +114,9 @@ def test_touched_file_is_refused(
         load_baseline(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"], ids=["empty", "torn", "list", "null", "binary"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "\x00"], ids=["empty", "torn", "list", "null", "binary"]
+)
 def test_foreign_file_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny.json"
     path.write_text(text)
@@ -116,8 +144,9 @@ def test_look_up_goes_from_strict_to_loose(launches: list[RunRecord], policy: Po
     assert found(record) == ("exact", ())
     assert found(record, "h100") == ("other_hardware", ())
 
-    stack = tuple({**dict(SyntheticRun().environment), "package.torch": "2.12.0"}.items())
-    newer = load_record(write_synthetic_run(tmp_path / "newer", SyntheticRun(run_seed=9, environment=stack)))
+    newer = load_record(
+        write_synthetic_run(tmp_path / "newer", SyntheticRun(run_seed=9, torch_version="2.12.0"))
+    )
     assert found(newer)[0] == "stack_drift"
 
     other_seed = load_record(write_synthetic_run(tmp_path / "seed", SyntheticRun(data_seed=2)))
@@ -146,7 +175,9 @@ def test_look_up_by_record_alone(launches: list[RunRecord], policy: Policy, tmp_
         find_for_record(tmp_path, launches[0])
 
 
-def test_proposal_is_accepted_and_superseded(launches: list[RunRecord], policy: Policy, tmp_path: Path) -> None:
+def test_proposal_is_accepted_and_superseded(
+    launches: list[RunRecord], policy: Policy, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     first = proposal(launches, tmp_path, policy)
     assert first.path.parent == tmp_path / "candidates" / "cpu" / "convergence"
     assert "No baseline of this case was in force" in first.change_path.read_text()
@@ -155,10 +186,16 @@ def test_proposal_is_accepted_and_superseded(launches: list[RunRecord], policy: 
     assert not first.path.exists()
     assert not first.change_path.exists()
 
-    second = proposal(runs(tmp_path, 1.001), tmp_path, policy, reason="stack-bump", because="torch 2.12")
+    second = proposal(
+        runs(tmp_path_factory.mktemp("runs"), 1.001),
+        tmp_path,
+        policy,
+        reason="stack-bump",
+        because="torch 2.12",
+    )
     assert second.baseline.supersedes == first.baseline.baseline_id
     assert second.baseline.anchor_id == first.baseline.baseline_id
-    assert "| lm_loss | +0.1" in second.change
+    assert "| lm_loss | +0." in second.change
     accept(second.path, directory=tmp_path, policy=policy)
     assert load_baseline(target) == second.baseline
     assert load_baseline(tmp_path / "retired" / f"{first.baseline.baseline_id}.json") == first.baseline
@@ -176,21 +213,26 @@ def test_stale_proposal_is_refused(launches: list[RunRecord], policy: Policy, tm
 
 def test_unexplained_regression_is_refused(launches: list[RunRecord], policy: Policy, tmp_path: Path) -> None:
     accept(proposal(launches, tmp_path, policy).path, directory=tmp_path, policy=policy)
-    worse = runs(tmp_path, 1.03)
+    worse = runs(tmp_path / "runs", 1.03)
     with pytest.raises(BaselineError, match="nobody says why"):
         proposal(worse, tmp_path, policy, reason="bugfix")
     assert proposal(worse, tmp_path, policy, reason="bugfix", because="labels were shifted").path.exists()
 
 
-def test_small_steps_do_not_add_up(launches: list[RunRecord], policy: Policy, tmp_path: Path) -> None:
+def test_small_steps_do_not_add_up(
+    launches: list[RunRecord], policy: Policy, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("runs")
     accept(proposal(launches, tmp_path, policy).path, directory=tmp_path, policy=policy)
-    second = proposal(runs(tmp_path, 1.04), tmp_path, policy, reason="bugfix", because="one")
+    second = proposal(runs(folder, 1.04), tmp_path, policy, reason="bugfix", because="one")
     accept(second.path, directory=tmp_path, policy=policy)
-    third = proposal(runs(tmp_path, 1.08), tmp_path, policy, reason="bugfix", because="two")
+    third = proposal(runs(folder, 1.08), tmp_path, policy, reason="bugfix", because="two")
     with pytest.raises(BaselineError, match="drifted"):
         accept(third.path, directory=tmp_path, policy=policy)
     # A change of task starts a new chain.
-    fresh = proposal(runs(tmp_path, 1.08), tmp_path, policy, reason="recipe-change", because="three", author="B")
+    fresh = proposal(
+        runs(folder, 1.08), tmp_path, policy, reason="recipe-change", because="three", author="B"
+    )
     assert fresh.baseline.anchor_id is None
     accept(fresh.path, directory=tmp_path, policy=policy)
 
@@ -211,15 +253,23 @@ def test_anchor_that_is_gone_is_named(launches: list[RunRecord], policy: Policy,
 @pytest.mark.parametrize(
     ("run", "text"),
     [
-        pytest.param(SyntheticRun(run_seed=8, environment=(("commit", "0123abcd"), ("dirty", "yes"))), "clean", id="dirty"),
-        pytest.param(SyntheticRun(run_seed=8, environment=(("commit", "0123abcd"),)), "clean", id="unknown_tree"),
         pytest.param(
-            SyntheticRun(run_seed=8, environment=(("commit", "ffff"), ("dirty", "no"))), "differ in commit", id="commit"
+            SyntheticRun(run_seed=8, is_dirty=True),
+            "clean",
+            id="dirty",
+        ),
+        pytest.param(SyntheticRun(run_seed=8, is_dirty=None), "clean", id="unknown_tree"),
+        pytest.param(
+            SyntheticRun(run_seed=8, commit="ffff"),
+            "differ in commit",
+            id="commit",
         ),
         pytest.param(SyntheticRun(run_seed=8, data_seed=2), "differ in recipe", id="recipe"),
         pytest.param(SyntheticRun(run_seed=1), "one launch is there twice", id="twice"),
         pytest.param(
-            SyntheticRun(run_seed=8, hardware="h100", device_name="NVIDIA H100"), "differ in hardware", id="hardware"
+            SyntheticRun(run_seed=8, hardware="h100", device_name="NVIDIA H100"),
+            "differ in hardware",
+            id="hardware",
         ),
     ],
 )
@@ -267,7 +317,12 @@ def test_lint_names_every_problem(launches: list[RunRecord], policy: Policy, tmp
     write_baseline(two, tmp_path / "cpu" / "debug" / "elsewhere.json")
     (tmp_path / "cpu" / "debug" / "torn.json").write_text("{")
     problems = "\n".join(lint(tmp_path, policy, now="2026-06-05T09:00:00+00:00"))
-    for text in ("belongs at cpu/convergence/tiny.json", "2 runs, at least 3", "151 days old", "torn.json: baseline is not"):
+    for text in (
+        "belongs at cpu/convergence/tiny.json",
+        "2 runs, at least 3",
+        "151 days old",
+        "torn.json: baseline is not",
+    ):
         assert text in problems
 
 
@@ -281,14 +336,19 @@ def test_shipped_baselines_are_clean(policy: Policy) -> None:
     assert [line for line in lint(Path("baselines"), policy, now=NOW) if line.startswith("published")] == []
 
 
-def test_retire_needs_a_reason_and_keeps_the_file(launches: list[RunRecord], policy: Policy, tmp_path: Path) -> None:
+def test_retire_needs_a_reason_and_keeps_the_file(
+    launches: list[RunRecord], policy: Policy, tmp_path: Path
+) -> None:
     target = accept(proposal(launches, tmp_path, policy).path, directory=tmp_path, policy=policy)
     with pytest.raises(BaselineError, match="without a reason"):
         retire(target, directory=tmp_path, because=" ", at=NOW)
     moved = retire(target, directory=tmp_path, because="recorded on a broken host", at=NOW)
     assert not target.exists()
     entry = json.loads((tmp_path / "retired" / "retirements.jsonl").read_text())
-    assert (load_baseline(moved).baseline_id, entry["because"]) == (entry["baseline_id"], "recorded on a broken host")
+    assert (load_baseline(moved).baseline_id, entry["because"]) == (
+        entry["baseline_id"],
+        "recorded on a broken host",
+    )
     assert find_for_record(tmp_path, launches[0]).level == "none"
 
 
@@ -297,14 +357,18 @@ def test_show_and_change_are_readable(launches: list[RunRecord], policy: Policy,
     text = show(baseline)
     for part in ("convergence/tiny on cpu", baseline.baseline_id, "6 A/A pairs", "end loss", "0123abcd"):
         assert part in text
-    stack = replace(SyntheticRun(), environment=(("commit", "beef"), ("dirty", "no"), ("package.torch", "2.12.0")))
-    newer = [load_record(write_synthetic_run(tmp_path / str(n), replace(stack, run_seed=n))) for n in (5, 6, 7)]
+    stack = SyntheticRun(commit="beef", torch_version="2.12.0")
+    newer = [
+        load_record(write_synthetic_run(tmp_path / str(n), replace(stack, run_seed=n))) for n in (5, 6, 7)
+    ]
     change = change_text(baseline, measured(newer, policy))
-    assert "| package.torch | 2.11.0 | 2.12.0 |" in change
+    assert "| packages.torch | 2.11.0 | 2.12.0 |" in change
     assert "| learning_rate | +0.000% | 499 | 0 | 0 | 0 | 0 | 0 | 0 |" in change
 
 
-def test_record_that_is_not_finite_makes_no_baseline(launches: list[RunRecord], policy: Policy, tmp_path: Path) -> None:
+def test_record_that_is_not_finite_makes_no_baseline(
+    launches: list[RunRecord], policy: Policy, tmp_path: Path
+) -> None:
     def change(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows[5]["lm_loss"] = float("nan")
         return rows

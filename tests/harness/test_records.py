@@ -18,13 +18,15 @@ from models.contract.record import METRICS_FILE
 from suites.detection.synthetic import SyntheticRun, write_synthetic_run
 
 
-def line(n: int, total: int = 6, *, loss: str | None = None, clock: str | None = None, extra: str = "") -> str:
+def line(
+    n: int, total: int = 6, *, loss: str | None = None, clock: str | None = None, extra: str = ""
+) -> str:
     """One line as Megatron-LM prints it."""
     clock = clock or f"2026-01-05 08:00:{n:02d}.123456"
     return (
         f" [{clock}] iteration {n:8d}/{total:8d} | consumed samples: {n * 8:12d} | "
         f"elapsed time per iteration (ms): {1000 + n % 2}.0 | throughput per GPU (TFLOP/s/GPU): 400.0 | "
-        f"learning rate: 1.000000E-05 | global batch size:     8 | lm loss: {loss or f'{3 - n / 10:.6E}'} | {extra}"
+        f"learning rate: 1.000000E-05 | global batch size:     8 | lm loss: {loss or f'{3 - n / 100:.6E}'} | {extra}"
         "loss scale: 1.0 | grad norm: 1.500 | number of skipped iterations:   0 | number of nan iterations:   0 |"
     )
 
@@ -36,9 +38,13 @@ def log(tmp_path: Path, *lines: str, name: str = "train.log") -> RunRecord:
 
 
 def test_megatron_lm_log(tmp_path: Path) -> None:
-    record = log(tmp_path, "> building dataset", *[line(n, extra="load_balancing_loss: 1.0E+00 | ") for n in range(1, 7)])
+    record = log(
+        tmp_path,
+        "> building dataset",
+        *[line(n, extra="load_balancing_loss: 1.0E+00 | ") for n in range(1, 7)],
+    )
     assert (record.framework, record.problems, record.planned_iterations) == ("megatron_lm", (), 6)
-    assert record.values("lm_loss").tolist() == pytest.approx([2.9, 2.8, 2.7, 2.6, 2.5, 2.4])
+    assert record.values("lm_loss").tolist() == pytest.approx([2.99, 2.98, 2.97, 2.96, 2.95, 2.94])
     assert record.values(REPORTED_TFLOPS).tolist() == [400.0] * 6
     assert record.values("extra.load_balancing_loss").tolist() == [1.0] * 6
     assert record.values("consumed_train_samples").tolist() == [8, 16, 24, 32, 40, 48]
@@ -50,7 +56,7 @@ def test_megatron_lm_log(tmp_path: Path) -> None:
 
 def test_fields_are_read_by_key_not_by_place(tmp_path: Path) -> None:
     text = line(1, total=1)
-    fields = [field for field in text.split(" | ")[1:-1]]
+    fields = text.split(" | ")[1:-1]
     shuffled = " | ".join([text.split(" | ")[0], *reversed(fields), text.split(" | ")[-1]])
     assert log(tmp_path, shuffled).series.equals(log(tmp_path, text, name="other").series)
 
@@ -65,7 +71,7 @@ def test_mindspeed_log(tmp_path: Path) -> None:
     memory = "[Rank 3] (after 2 iterations) memory (MB) | allocated: 13945.67 | max allocated: 25706.38 | reserved: 1.0"
     record = log(tmp_path, lines[0], memory, *lines[1:])
     assert record.framework == "mindspeed_mm"
-    assert record.values("lm_loss")[0] == pytest.approx(2.9)
+    assert record.values("lm_loss")[0] == pytest.approx(2.99)
     assert record.values("extra.tokens per sample")[0] == 179.0
     assert record.values("peak_memory_bytes")[0] == pytest.approx(25706.38 * 2**20)
 
@@ -111,7 +117,9 @@ def test_log_of_every_tenth_iteration(tmp_path: Path, policy: Policy) -> None:
         pytest.param(["\x00\x01\x02"], "no_iterations", id="binary"),
     ],
 )
-def test_broken_log_is_named_and_never_passes(lines: list[str], code: str, tmp_path: Path, policy: Policy) -> None:
+def test_broken_log_is_named_and_never_passes(
+    lines: list[str], code: str, tmp_path: Path, policy: Policy
+) -> None:
     record = log(tmp_path, *lines)
     assert code in {problem.split(":")[0] for problem in record.problems}
     for mode in ("tost", "literal", "off"):
@@ -169,7 +177,9 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     assert len(torn.series) < 12 or torn.problems
 
 
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p.mkdir(), (p / "a.png").touch())])
+@pytest.mark.parametrize(
+    "make", [lambda p: None, lambda p: p.mkdir(), lambda p: (p.mkdir(), (p / "a.png").touch())]
+)
 def test_nothing_to_read_is_an_error_with_a_name(make: object, tmp_path: Path) -> None:
     make(tmp_path / "run")  # type: ignore[operator]
     with pytest.raises(RunError):
@@ -178,7 +188,9 @@ def test_nothing_to_read_is_an_error_with_a_name(make: object, tmp_path: Path) -
 
 @settings(max_examples=80, deadline=None)
 @given(st.binary(max_size=400), st.integers(0, 5))
-def test_no_bytes_make_a_reader_fail(tmp_path_factory: pytest.TempPathFactory, junk: bytes, where: int) -> None:
+def test_no_bytes_make_a_reader_fail(
+    tmp_path_factory: pytest.TempPathFactory, junk: bytes, where: int
+) -> None:
     """Junk anywhere in a log: a record comes back, and it is not clean unless the junk is blank or unrelated text."""
     path = tmp_path_factory.mktemp("junk") / "train.log"
     lines = [line(n).encode() for n in range(1, 7)]

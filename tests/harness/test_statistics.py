@@ -45,14 +45,18 @@ def test_block_length_grows_with_dependence() -> None:
     assert lengths[0] < lengths[1] < lengths[2]
 
 
-@pytest.mark.parametrize("values", [np.zeros(100), np.full(100, 2.5), np.arange(5.0)], ids=["zero", "constant", "short"])
+@pytest.mark.parametrize(
+    "values", [np.zeros(100), np.full(100, 2.5), np.arange(5.0)], ids=["zero", "constant", "short"]
+)
 def test_block_length_of_a_series_without_noise_is_one(values: np.ndarray) -> None:
     assert statistics.optimal_block_length(values) == 1.0
 
 
 def test_bootstrap_error_agrees_with_arch() -> None:
     values = autoregressive(300, 0.6, seed=1)
-    ours = statistics.bootstrap_statistics(values, statistic="mean", num_resamples=4000, seed=3, block_length=12.0)
+    ours = statistics.bootstrap_statistics(
+        values, statistic="mean", num_resamples=4000, seed=3, block_length=12.0
+    )
     theirs = StationaryBootstrap(12.0, values, seed=3).apply(np.mean, 4000)
     # 4,000 resamples leave 1.6% on each side; an iid bootstrap is 50% off
     assert ours.std() == pytest.approx(theirs.std(), rel=0.06)
@@ -61,7 +65,9 @@ def test_bootstrap_error_agrees_with_arch() -> None:
 
 def test_bootstrap_median_is_of_the_median() -> None:
     values = np.concatenate([np.zeros(60), np.full(40, 100.0)])
-    medians = statistics.bootstrap_statistics(values, statistic="median", num_resamples=500, seed=1, block_length=1.0)
+    medians = statistics.bootstrap_statistics(
+        values, statistic="median", num_resamples=500, seed=1, block_length=1.0
+    )
     assert set(np.unique(medians)) <= {0.0, 50.0, 100.0}
     assert (medians == 0.0).mean() > 0.9
     estimate = statistics.series_median(values, num_resamples=500, seed=1)
@@ -113,7 +119,8 @@ def test_combine_is_welch_satterthwaite() -> None:
 )
 def test_minimum_detectable_change_reproduces_the_table(sd: float, changes: tuple[float, ...]) -> None:
     found = [
-        statistics.minimum_detectable_change(sd, num_reference=r, num_candidate=c, alpha=0.01, power=0.9) * 100
+        statistics.minimum_detectable_change(sd, num_reference=r, num_candidate=c, alpha=0.01, power=0.9)
+        * 100
         for r, c in ((5, 1), (5, 3), (10, 3))
     ]
     assert found == pytest.approx(changes, abs=0.06)
@@ -132,7 +139,10 @@ def test_detectable_change_has_the_power_it_states() -> None:
     found = change + rng.normal(0.0, 0.01, 40000)
     # the usual shifted-t approximation: within 1.5 points of the stated power
     assert (found / errors > stats.t.ppf(0.95, 9)).mean() == pytest.approx(0.9, abs=0.015)
-    assert statistics.detectable_change(statistics.Estimate(mean=0.0, se=0.0, df=3), alpha=0.05, power=0.9) == 0.0
+    assert (
+        statistics.detectable_change(statistics.Estimate(mean=0.0, se=0.0, df=3), alpha=0.05, power=0.9)
+        == 0.0
+    )
 
 
 def test_run_sd_leaves_out_what_noise_within_runs_explains() -> None:
@@ -184,7 +194,9 @@ def test_coverage_of_the_90_percent_interval(n: int, phi: float, coverage: float
     # covers 72% at phi 0.4). Differences of paired runs have correlations near 0.
     hits = 0
     for seed in range(200):
-        low, high = statistics.series_mean(autoregressive(n, phi, seed), num_resamples=200, seed=seed).interval(0.05)
+        low, high = statistics.series_mean(
+            autoregressive(n, phi, seed), num_resamples=200, seed=seed
+        ).interval(0.05)
         hits += low < 0.0 < high
     assert hits / 200 == pytest.approx(coverage, abs=0.05)
 

@@ -62,7 +62,9 @@ def test_verdict_survives_json() -> None:
         gate="C3", status="fail", blocks=True, summary="s", effect=0.08, interval=(0.07, math.inf), margin=(-0.05, 0.05),
         minimum_detectable_change=0.01, details={"window": [451, 500]},
     )  # fmt: skip
-    verdict = Verdict(name="REGRESSION", gates=(result, gate("pass")), baseline_id="ab", match_level="exact", notes=("n",))
+    verdict = Verdict(
+        name="REGRESSION", gates=(result, gate("pass")), baseline_id="ab", match_level="exact", notes=("n",)
+    )
     text = json.dumps(verdict.to_dict(), allow_nan=False)
     assert Verdict.from_dict(json.loads(text)) == verdict
     assert json.loads(text)["exit_code"] == verdict.exit_code == 10

@@ -1,19 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""megatron-core's groups for one process, for tests that build a model."""
-
-from collections.abc import Iterator
+import json
+import shutil
+from pathlib import Path
 
 import pytest
-import torch
-from megatron.core import parallel_state
-from torch import distributed
 
-from models.training.cpu import cpu_megatron
+PUBLISHED = Path(__file__).parents[2] / "models" / "contract" / "published"
 
 
 @pytest.fixture
-def single_process() -> Iterator[None]:
+def hf_shapes():
+    """Shapes of transformers' model for a config, by its in-memory names; nothing is allocated."""
+    import torch
+    import transformers
+
+    def shapes(config: dict) -> dict[str, tuple[int, ...]]:
+        config = json.loads(json.dumps(config))
+        parsed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        with torch.device("meta"):
+            model = getattr(transformers, config["architectures"][0])(parsed)
+        return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+    return shapes
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder with a published config.json."""
+
+    def folder(name: str) -> Path:
+        shutil.copyfile(PUBLISHED / f"{name}.json", tmp_path / "config.json")
+        return tmp_path
+
+    return folder
+
+
+@pytest.fixture
+def single_process():
     """One gloo process with megatron-core's groups, on the CPU; taken down after the test."""
+    import torch
+    from megatron.core import parallel_state
+    from torch import distributed
+
+    from models.training.cpu import cpu_megatron
+
     torch.set_num_threads(1)
     with cpu_megatron():
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)

@@ -49,7 +49,9 @@ class _Task:
     convert: Convert
 
 
-def split_by_key(entries: Sequence[Any], key_of: Callable[[Any], str], val_fraction: float) -> dict[str, list[Any]]:
+def split_by_key(
+    entries: Sequence[Any], key_of: Callable[[Any], str], val_fraction: float
+) -> dict[str, list[Any]]:
     """Share entries over train and val: those whose keys have the smallest hashes are held out, in any order."""
     digest_of = [hashlib.sha256(key_of(entry).encode()).digest() for entry in entries]
     count = round(len(entries) * val_fraction) or int(val_fraction > 0 and len(entries) > 1)
@@ -92,7 +94,9 @@ def write_dataset(
             fix="choose another output, or remove it first",
         )  # fmt: skip
     partial = output.parent / f".{output.name}.partial"
-    _claim(partial, {"about": about, "shard_size": shard_size, "splits": {k: len(v) for k, v in splits.items()}})
+    _claim(
+        partial, {"about": about, "shard_size": shard_size, "splits": {k: len(v) for k, v in splits.items()}}
+    )
     tasks = list(_plan(partial, splits, convert, shard_size))
     total = sum(len(task.entries) for task in tasks)
     summary, done = Summary(), 0
@@ -130,7 +134,9 @@ def _claim(partial: Path, plan: dict[str, Any]) -> None:
         torn.unlink()
 
 
-def _plan(partial: Path, splits: Mapping[str, Sequence[Any]], convert: Convert, shard_size: int) -> Iterator[_Task]:
+def _plan(
+    partial: Path, splits: Mapping[str, Sequence[Any]], convert: Convert, shard_size: int
+) -> Iterator[_Task]:
     for split, entries in splits.items():
         for number, start in enumerate(range(0, len(entries), shard_size)):
             path = partial / f"{split}-{number:06d}.tar"
@@ -174,11 +180,20 @@ def _report(path: Path) -> Path:
 
 
 def _name(entry: Any) -> str:
-    return str(entry.get("id") or entry.get("image") or "")[:200] if isinstance(entry, dict) else str(entry)[:200]
+    return (
+        str(entry.get("id") or entry.get("image") or "")[:200]
+        if isinstance(entry, dict)
+        else str(entry)[:200]
+    )
 
 
 def _finish(
-    partial: Path, output: Path, summary: Summary, about: dict[str, Any], dataset: dict[str, Any] | None, workers: int
+    partial: Path,
+    output: Path,
+    summary: Summary,
+    about: dict[str, Any],
+    dataset: dict[str, Any] | None,
+    workers: int,
 ) -> None:
     if not sum(summary.written.values()):
         reasons = "; ".join(f"{reason}: {count}" for reason, count in summary.reasons.most_common(3))

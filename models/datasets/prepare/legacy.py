@@ -59,7 +59,9 @@ def load_bytes_lists(data: bytes) -> list[Any]:
 
 
 def _is_bytes_or_list(item: Any) -> bool:
-    return isinstance(item, bytes) or (isinstance(item, list) and all(isinstance(part, bytes) for part in item))
+    return isinstance(item, bytes) or (
+        isinstance(item, list) and all(isinstance(part, bytes) for part in item)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,9 @@ def convert_legacy(entry: LegacySample) -> RawSample:
         payload = json.loads(data["json"].decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SampleRejected("bad json", f"{entry.key}: {error}") from None
-    raw_turns = payload.get("conversations", payload.get("messages")) if isinstance(payload, dict) else payload
+    raw_turns = (
+        payload.get("conversations", payload.get("messages")) if isinstance(payload, dict) else payload
+    )
     turns = parse_turns(raw_turns)
     check_roles(turns)
     media, members, fps = _unpack(data, payload if isinstance(payload, dict) else {})

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from models.contract.errors import DataError
 from models.datasets.prepare.source import MediaSource, Verify, suffix_of, verify_image
-from models.datasets.sample import SampleRejected, check_roles, order_media, parse_turns
 from models.datasets.sample import Medium as SampleMedium
+from models.datasets.sample import SampleRejected, check_roles, order_media, parse_turns
 from models.datasets.shards import RawSample, safe_key
 
 PRETRAIN_JSON = "blip_laion_cc_sbu_558k.json"
@@ -47,13 +47,18 @@ class ConvertLlava:
             data = self.media.read(self.prefix + image)
             verify_image(data, image, self.verify)
             media = {"jpg" if self.layout == "vqa" else f"image0.{suffix_of(image)}": data}
-        order_media(turns, {"image": [SampleMedium("image", image, ()) for _ in media], "video": [], "audio": []})
+        order_media(
+            turns, {"image": [SampleMedium("image", image, ()) for _ in media], "video": [], "audio": []}
+        )
         if self.layout == "vqa":
             if not media or len(turns) != 2:
                 raise SampleRejected("not one image and two turns", "the vqa layout holds nothing else")
             payload: Any = entry["conversations"]
         else:
-            payload = {"messages": [{"role": t.role, "content": t.content} for t in turns], "media": list(media)}
+            payload = {
+                "messages": [{"role": t.role, "content": t.content} for t in turns],
+                "media": list(media),
+            }
         text = json.dumps(payload, ensure_ascii=False).encode()
         return RawSample(key_of_llava(entry), {"json": text, **media})
 
@@ -102,7 +107,9 @@ def to_mllm(
             turns = parse_turns(entry.get("conversations"))
         except SampleRejected as error:
             if error.reason == "unknown role":
-                raise DataError("unknown role", where=f"entry {name}", expected="human, gpt", got=error.detail) from None
+                raise DataError(
+                    "unknown role", where=f"entry {name}", expected="human, gpt", got=error.detail
+                ) from None
             skipped.append({"entry": name, "reason": error.reason, "detail": error.detail})
             continue
         records.append(

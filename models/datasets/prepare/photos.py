@@ -12,7 +12,12 @@ from pathlib import Path
 from models.contract.errors import DataError
 from models.datasets.prepare.llava import PRETRAIN_JSON
 
-PROMPTS = ("Describe the image briefly.", "What is in the picture?", "Write a short caption.", "Look closely: what do you see?")
+PROMPTS = (
+    "Describe the image briefly.",
+    "What is in the picture?",
+    "Write a short caption.",
+    "Look closely: what do you see?",
+)
 
 PHOTOS: dict[str, tuple[str, tuple[str, str, str, str]]] = {
     "astronaut.png": ("NASA, public domain", (
@@ -93,7 +98,9 @@ def write_photos(folder: Path) -> int:
     for file, (_, captions) in PHOTOS.items():
         picture = shipped / file
         if not picture.is_file():
-            raise DataError("a photograph is missing", where=str(picture), fix="install scikit-image from its wheel")
+            raise DataError(
+                "a photograph is missing", where=str(picture), fix="install scikit-image from its wheel"
+            )
         (partial / "images" / file).write_bytes(picture.read_bytes())
         for number, (prompt, caption) in enumerate(zip(PROMPTS, captions, strict=True)):
             entries.append(
@@ -101,13 +108,18 @@ def write_photos(folder: Path) -> int:
                     "id": f"{Path(file).stem}-{number}",
                     "image": f"images/{file}",
                     "conversations": [
-                        {"from": "human", "value": f"<image>\n{prompt}" if number % 2 else f"{prompt}\n<image>"},
+                        {
+                            "from": "human",
+                            "value": f"<image>\n{prompt}" if number % 2 else f"{prompt}\n<image>",
+                        },
                         {"from": "gpt", "value": caption},
                     ],
                 }
             )
     (partial / PRETRAIN_JSON).write_text(json.dumps(entries, indent=1), encoding="utf-8")
     licences = "".join(f"{file}: {licence}\n" for file, (licence, _) in PHOTOS.items())
-    (partial / "LICENCES.txt").write_text("Pictures from scikit-image's wheel.\n" + licences, encoding="utf-8")
+    (partial / "LICENCES.txt").write_text(
+        "Pictures from scikit-image's wheel.\n" + licences, encoding="utf-8"
+    )
     partial.rename(folder)
     return len(entries)

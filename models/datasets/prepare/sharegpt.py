@@ -84,7 +84,9 @@ class ConvertShareGpt:
     def _read_frames(self, number: int, folder: str) -> tuple[str, float, dict[str, bytes]]:
         files = [file for file in self.media.list_folder(folder) if suffix_of(file) in IMAGE_SUFFIXES]
         if not files:
-            raise SampleRejected("missing media", f"{folder}: no such video file, and no frames in such a folder")
+            raise SampleRejected(
+                "missing media", f"{folder}: no such video file, and no frames in such a folder"
+            )
         members = {}
         for index, file in enumerate(files):
             data = self.media.read(file)

@@ -35,7 +35,11 @@ class MediaSource:
         """
         checked = self._checked(name)
         try:
-            data = _archive(self.root).read(checked) if self.root.is_file() else (self.root / checked).read_bytes()
+            data = (
+                _archive(self.root).read(checked)
+                if self.root.is_file()
+                else (self.root / checked).read_bytes()
+            )
         except (KeyError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise SampleRejected("missing media", name) from None
         except (OSError, zipfile.BadZipFile, EOFError) as error:
@@ -53,7 +57,9 @@ class MediaSource:
         """Names of the files of a sub-folder, sorted."""
         folder = self._checked(name)
         if self.root.is_file():
-            return sorted(file for file in _names(self.root) if file.startswith(f"{folder}/") and file[-1] != "/")
+            return sorted(
+                file for file in _names(self.root) if file.startswith(f"{folder}/") and file[-1] != "/"
+            )
         return sorted(f"{folder}/{path.name}" for path in (self.root / folder).glob("*") if path.is_file())
 
     def _checked(self, name: str) -> str:
@@ -97,7 +103,11 @@ def read_json_list(path: Path) -> list[dict[str, Any]]:
         raise DataError("annotations not found", where=str(path), expected="a .json or .jsonl file")
     try:
         text = path.read_text(encoding="utf-8")
-        data = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else None
+        data = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else None
+        )
         data = json.loads(text) if data is None else data
     except UnicodeDecodeError as error:
         raise DataError("annotations are not UTF-8", where=str(path), got=str(error)) from None

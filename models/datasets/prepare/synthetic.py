@@ -10,12 +10,22 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from models.datasets.scenes import DEFAULT_MIX, SceneKind, draw_image, encode_jpeg, encode_mp4, scene_at
-from models.datasets.scenes import Figure
+from models.datasets.scenes import (
+    DEFAULT_MIX,
+    Figure,
+    SceneKind,
+    draw_image,
+    encode_jpeg,
+    encode_mp4,
+    scene_at,
+)
 from models.datasets.shards import RawSample
 
 Preset = Literal["scenes", "scenes-audio", "fake-vl", "fake-omni"]
-MIX_OF: dict[str, dict[SceneKind, float]] = {"scenes": DEFAULT_MIX, "scenes-audio": {**DEFAULT_MIX, "audio": 0.2}}
+MIX_OF: dict[str, dict[SceneKind, float]] = {
+    "scenes": DEFAULT_MIX,
+    "scenes-audio": {**DEFAULT_MIX, "audio": 0.2},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +46,8 @@ class ConvertScene:
 
 def fake_sample(key: str, *, with_audio: bool) -> RawSample:
     """What the seeds' demonstrations hold: a system turn, an image and a two-frame video, and for Omni a second round
-    with a 48 kHz stereo clip. The same media in every sample."""
+    with a 48 kHz stereo clip. The same media in every sample.
+    """
     image = draw_image(
         [Figure("circle", "red", 420, 300, 140), Figure("bar", "blue", 900, 560, 220)], 876, 1300,
         background=(90, 120, 90), noise=20, seed=1,
@@ -64,7 +75,10 @@ def _small(image: Image.Image) -> Image.Image:
 def _burst() -> bytes:
     """Noise that dies away, 1.5 s."""
     rate = 48_000
-    noise = np.random.default_rng(7).standard_normal((rate * 3 // 2, 2)) * np.exp(-np.linspace(0, 8, rate * 3 // 2))[:, None]
+    noise = (
+        np.random.default_rng(7).standard_normal((rate * 3 // 2, 2))
+        * np.exp(-np.linspace(0, 8, rate * 3 // 2))[:, None]
+    )
     stream = io.BytesIO()
     soundfile.write(stream, (0.2 * noise).clip(-1, 1), rate, format="WAV", subtype="PCM_16")
     return stream.getvalue()

@@ -23,7 +23,15 @@ from models.contract.flops import (
 )
 
 
-def text(layers: int, hidden: int, heads: int, groups: int, ffn: int, vocab: int, moe: MoeArchitecture | None = None):
+def text(
+    layers: int,
+    hidden: int,
+    heads: int,
+    groups: int,
+    ffn: int,
+    vocab: int,
+    moe: MoeArchitecture | None = None,
+):
     return TextArchitecture(
         num_layers=layers, hidden_size=hidden, num_attention_heads=heads, num_query_groups=groups,
         ffn_hidden_size=ffn, vocab_size=vocab, kv_channels=128, rotary_base=1e6, mrope_section=(16, 24, 24),
@@ -44,7 +52,11 @@ WINDOWED = VisionArchitecture(
     fullatt_block_indexes=(1, 3),
 )  # fmt: skip
 DEEPSTACK = replace(
-    WINDOWED, window_size=None, fullatt_block_indexes=(), gated_linear_unit=False, deepstack_visual_indexes=(0, 2)
+    WINDOWED,
+    window_size=None,
+    fullatt_block_indexes=(),
+    gated_linear_unit=False,
+    deepstack_visual_indexes=(0, 2),
 )
 AUDIO = AudioArchitecture(
     num_layers=3, hidden_size=24, ffn_hidden_size=40, num_attention_heads=2, num_mel_bins=16, downsample_hidden_size=6,
@@ -56,7 +68,12 @@ TINY_TEXT = replace(text(2, 36, 4, 2, 52, 600), kv_channels=16)
 def model(vision: VisionArchitecture = WINDOWED, audio: AudioArchitecture | None = None) -> Architecture:
     tokens = SpecialTokens(image=1, video=2, vision_start=3, vision_end=4)
     return Architecture(
-        family="qwen2_5_vl", hf_model_type="qwen2_5_vl", text=TINY_TEXT, vision=vision, tokens=tokens, audio=audio
+        family="qwen2_5_vl",
+        hf_model_type="qwen2_5_vl",
+        text=TINY_TEXT,
+        vision=vision,
+        tokens=tokens,
+        audio=audio,
     )
 
 
@@ -69,14 +86,22 @@ def model(vision: VisionArchitecture = WINDOWED, audio: AudioArchitecture | None
         pytest.param(text(80, 8192, 64, 8, 29568, 152064), (436.80, 444.86, 460.96, 493.18), id="2.5-vl-72b"),
         pytest.param(text(36, 2560, 32, 8, 9728, 151936), (25.95, 27.76, 31.38, 38.63), id="3-vl-4b"),
         pytest.param(text(36, 4096, 32, 8, 12288, 151936), (47.22, 49.03, 52.66, 59.90), id="3-vl-8b"),
-        pytest.param(text(48, 2048, 32, 4, 6144, 151936, moe(768)), (20.59, 23.01, 27.84, 37.50), id="3-vl-30b-a3b"),
         pytest.param(
-            text(94, 4096, 64, 4, 12288, 151936, moe(1536)), (138.57, 148.04, 166.96, 204.81), id="3-vl-235b-a22b"
+            text(48, 2048, 32, 4, 6144, 151936, moe(768)), (20.59, 23.01, 27.84, 37.50), id="3-vl-30b-a3b"
+        ),
+        pytest.param(
+            text(94, 4096, 64, 4, 12288, 151936, moe(1536)),
+            (138.57, 148.04, 166.96, 204.81),
+            id="3-vl-235b-a22b",
         ),
     ],
 )
-def test_megatron_formula_reproduces_the_published_table(decoder: TextArchitecture, gigaflops: tuple[float, ...]) -> None:
-    found = [megatron_flops(decoder, num_sequences=1, seq_length=s) / s / 1e9 for s in (2048, 4096, 8192, 16384)]
+def test_megatron_formula_reproduces_the_published_table(
+    decoder: TextArchitecture, gigaflops: tuple[float, ...]
+) -> None:
+    found = [
+        megatron_flops(decoder, num_sequences=1, seq_length=s) / s / 1e9 for s in (2048, 4096, 8192, 16384)
+    ]
     assert found == pytest.approx(gigaflops, abs=0.0056)  # the table has two decimals
 
 
@@ -142,10 +167,15 @@ def test_plain_mlp_and_deepstack_mergers() -> None:
 
 def test_audio_tower_by_hand() -> None:
     # 130 frames: chunks of 100 and 30; three halvings leave 13 and 4 tokens; all 17 in one window
-    convolutions = 2 * 9 * 6 * sum(
-        length * width * channels
-        for lengths in ((50, 25, 13), (15, 8, 4))
-        for length, width, channels in zip(lengths, (8, 4, 2), (1, 6, 6), strict=True)
+    convolutions = (
+        2
+        * 9
+        * 6
+        * sum(
+            length * width * channels
+            for lengths in ((50, 25, 13), (15, 8, 4))
+            for length, width, channels in zip(lengths, (8, 4, 2), (1, 6, 6), strict=True)
+        )
     )
     layer = 2 * 17 * (4 * 24 * 24 + 2 * 24 * 40) + 4 * 24 * 17**2
     ends = 2 * 17 * 24 * (6 * 2 + 24 + 28)

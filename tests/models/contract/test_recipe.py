@@ -117,5 +117,5 @@ def test_every_shipped_recipe_loads() -> None:
     suites = Path(__file__).resolve().parents[3] / "suites"
     recipes = sorted(suites.glob("*/*.toml"))
     assert recipes
-    names = [load_recipe(path).name for path in recipes]
+    names = [(path.parent.name, load_recipe(path).name) for path in recipes]
     assert len(set(names)) == len(names)

@@ -39,13 +39,21 @@ def video(frames: int, fps: float, seed: int) -> DecodedVideo:
 
 
 def chat(user: str) -> list[Turn]:
-    return [Turn("user", user), Turn("assistant", "A red circle."), Turn("user", "Sure?"), Turn("assistant", "yes")]
+    return [
+        Turn("user", user),
+        Turn("assistant", "A red circle."),
+        Turn("user", "Sure?"),
+        Turn("assistant", "yes"),
+    ]
 
 
 CASES = {
     "text": ("Repeat: red", []),
     "image": ("<image>\nWhat is it?", [image(84, 56, 1)]),
-    "images of different sizes": ("One <image> two <image> three <image>", [image(56, 112, 2), image(84, 84, 3), image(30, 200, 4)]),
+    "images of different sizes": (
+        "One <image> two <image> three <image>",
+        [image(56, 112, 2), image(84, 84, 3), image(30, 200, 4)],
+    ),
     "video": ("<video>Where?", [video(6, 2.0, 5)]),
     "odd frames": ("<video>Where?", [video(5, 2.0, 6)]),
     "slow video": ("<video>Where?", [video(4, 0.5, 7)]),
@@ -58,7 +66,9 @@ def encode(tiny, name):
     processor, architecture = tiny
     text, media = CASES[name]
     items = tuple(
-        (process_video if isinstance(medium, DecodedVideo) else process_image)(medium, processor, architecture)
+        (process_video if isinstance(medium, DecodedVideo) else process_image)(
+            medium, processor, architecture
+        )
         for medium in media
     )
     tokens = tokenize_chat(processor, chat(text), items, loss_mask="assistant")
@@ -74,7 +84,9 @@ def oracle(tiny, name):
     given = {}
     if videos:
         metadata = [
-            VideoMetadata(total_num_frames=len(v.frames), fps=v.fps, frames_indices=list(range(len(v.frames))))
+            VideoMetadata(
+                total_num_frames=len(v.frames), fps=v.fps, frames_indices=list(range(len(v.frames)))
+            )
             for v in videos
         ]
         given = {"videos": [v.frames for v in videos], "video_metadata": metadata, "do_sample_frames": False}
@@ -129,7 +141,9 @@ def test_batch_positions_match_transformers_with_padding(tiny):
 
 def test_batch_counts_and_placeholders_agree(tiny):
     _, architecture = tiny
-    batch = build_batch([encode(tiny, name) for name in ("mixed", "text", "image")], pad_token=0, seq_length=128)
+    batch = build_batch(
+        [encode(tiny, name) for name in ("mixed", "text", "image")], pad_token=0, seq_length=128
+    )
     flat = batch.input_ids.flatten()
     wanted = ((flat == architecture.tokens.image) | (flat == architecture.tokens.video)).nonzero().flatten()
     assert torch.equal(batch.vision_positions, wanted)

@@ -53,7 +53,12 @@ def sound(seconds: float, seed: int) -> np.ndarray:
 
 
 def chat(user: str) -> list[Turn]:
-    return [Turn("user", user), Turn("assistant", "A red circle."), Turn("user", "Sure?"), Turn("assistant", "yes")]
+    return [
+        Turn("user", user),
+        Turn("assistant", "A red circle."),
+        Turn("user", "Sure?"),
+        Turn("assistant", "yes"),
+    ]
 
 
 # (text, media); a pair (video, sound) is a video with its sound
@@ -143,13 +148,20 @@ def test_mel_features_match_the_feature_extractor(tiny, seconds):
     clip = sound(seconds, 1)
     item = process_audio(clip, processor, architecture)
     out = processor.feature_extractor(
-        clip, sampling_rate=RATE, padding=True, truncation=False, return_attention_mask=True, return_tensors="pt"
+        clip,
+        sampling_rate=RATE,
+        padding=True,
+        truncation=False,
+        return_attention_mask=True,
+        return_tensors="pt",
     )
     assert torch.equal(item.input_features, out["input_features"][0][:, out["attention_mask"][0].bool()])
 
 
 def test_batch_lays_clips_end_to_end(tiny):
-    batch = build_batch([encode(tiny, "image and two clips"), encode(tiny, "text"), encode(tiny, "audio")], pad_token=0)
+    batch = build_batch(
+        [encode(tiny, "image and two clips"), encode(tiny, "text"), encode(tiny, "audio")], pad_token=0
+    )
     _, architecture = tiny
     assert batch.input_features.shape[1] == batch.audio_lengths.sum()
     assert batch.num_audios == 3
@@ -162,6 +174,7 @@ def test_unwhole_clock_keeps_its_fractions(tiny):
     processor, architecture = tiny
     item = process_video(video(6, 3.0, 1), processor, architecture)
     assert item.runs[0].offsets.dtype == torch.float32
-    sample = encode_sample("k", torch.tensor([1, architecture.tokens.video, 2]), torch.tensor([0, 0, 1]).bool(), (item,), architecture)
+    ids, learned = torch.tensor([1, architecture.tokens.video, 2]), torch.tensor([0, 0, 1]).bool()
+    sample = encode_sample("k", ids, learned, (item,), architecture)
     step = 2 / 3.0 * 13
     assert sample.position_ids[0].max() == pytest.approx(1 + 2 * step + 1)

@@ -39,13 +39,21 @@ def video(frames: int, fps: float, seed: int, *, is_sampled: bool = True) -> Dec
 
 
 def chat(user: str) -> list[Turn]:
-    return [Turn("user", user), Turn("assistant", "A red circle."), Turn("user", "Sure?"), Turn("assistant", "yes")]
+    return [
+        Turn("user", user),
+        Turn("assistant", "A red circle."),
+        Turn("user", "Sure?"),
+        Turn("assistant", "yes"),
+    ]
 
 
 CASES = {
     "text": ("Repeat: red", []),
     "image": ("<image>\nWhat is it?", [image(96, 64, 1)]),
-    "images of different sizes": ("One <image> two <image> three <image>", [image(64, 128, 2), image(96, 96, 3), image(40, 200, 4)]),
+    "images of different sizes": (
+        "One <image> two <image> three <image>",
+        [image(64, 128, 2), image(96, 96, 3), image(40, 200, 4)],
+    ),
     "video": ("<video>Where?", [video(6, 2.0, 5)]),
     "odd frames": ("<video>Where?", [video(5, 3.0, 6)]),
     "sampled here": ("<video>Where?", [video(23, 7.5, 7, is_sampled=False)]),
@@ -57,7 +65,9 @@ def encode(tiny, name):
     processor, architecture = tiny
     text, media = CASES[name]
     items = tuple(
-        (process_video if isinstance(medium, DecodedVideo) else process_image)(medium, processor, architecture)
+        (process_video if isinstance(medium, DecodedVideo) else process_image)(
+            medium, processor, architecture
+        )
         for medium in media
     )
     tokens = tokenize_chat(processor, chat(text), items, loss_mask="assistant")
@@ -81,7 +91,9 @@ def oracle(tiny, name):
             for v in videos
         ]  # fmt: skip
         given = {
-            "videos": [v.frames for v in videos], "video_metadata": metadata, "do_sample_frames": not is_sampled
+            "videos": [v.frames for v in videos],
+            "video_metadata": metadata,
+            "do_sample_frames": not is_sampled,
         }
     return processor(text=[render_chat(processor, chat(text))], images=images, return_tensors="pt", **given)
 
@@ -113,7 +125,10 @@ def test_batch_positions_match_transformers_with_padding(tiny):
     names = list(CASES)
     batch = build_batch([encode(tiny, name) for name in names], pad_token=tiny[0].tokenizer.pad_token_id)
     outs = [oracle(tiny, name) for name in names]
-    merged = {key: torch.cat([out[key] for out in outs if key in out]) for key in ("image_grid_thw", "video_grid_thw")}
+    merged = {
+        key: torch.cat([out[key] for out in outs if key in out])
+        for key in ("image_grid_thw", "video_grid_thw")
+    }
     mask = torch.zeros_like(batch.input_ids)
     for row, length in enumerate(batch.sample_lengths):
         mask[row, :length] = 1

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe would take on a class of devices, and the smallest change that makes it fit. Torch-free."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from models.contract.architecture import Architecture
+from models.contract.errors import ConfigError
+from models.contract.flops import megatron_flops
+from models.contract.memory import GIB, MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
+from models.contract.recipe import Recipe, parse_recipe
+
+Change = tuple[str, Callable[[Recipe], dict[str, dict[str, Any]] | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """One recipe on one class of devices."""
+
+    parameters: ParameterCounts
+    memory: MemoryEstimate
+    available_bytes: float
+    flops_per_step: float
+    """By Megatron's formula."""
+    expected_step_time_s: float | None
+    """None where the class has no dense peak."""
+    checkpoint_bytes: float
+    suggestion: str | None
+    """Smallest change that fits; None when it fits as it is."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest device has room."""
+        return self.memory.total <= self.available_bytes
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = {
+            "weights": self.memory.weights, "gradients": self.memory.gradients, "optimizer": self.memory.optimizer,
+            "activations": self.memory.activations, "logits": self.memory.logits,
+        }  # fmt: skip
+        text = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
+        verdict = "fits" if self.fits else "does not fit"
+        rows = [
+            f"parameters:   {self.parameters.total / 1e9:.2f} billion",
+            f"memory:       {self.memory.total / GIB:.1f} of {self.available_bytes / GIB:.0f} GiB a device, {verdict}",
+            f"              {text} GiB",
+            f"work:         {self.flops_per_step / 1e15:.2f} PFLOP a step (megatron_lm_padded)",
+        ]
+        if self.expected_step_time_s is not None:
+            rows.append(f"expected:     {self.expected_step_time_s:.2f} s a step")
+        rows.append(f"checkpoint:   {self.checkpoint_bytes / GIB:.1f} GiB each")
+        if self.suggestion:
+            rows.append(f"would fit:    {self.suggestion}")
+        return rows
+
+
+def plan_training(
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    memory_gib: float,
+    bf16_tflops: float | None,
+    share_of_peak: float = 0.4,
+) -> TrainingPlan:
+    """Work out what one recipe would take on devices with `memory_gib` and a dense peak of `bf16_tflops`."""
+    available = memory_gib * GIB
+    memory = estimate_memory(recipe, architecture)
+    flops = megatron_flops(
+        architecture.text, num_sequences=recipe.train.global_batch_size, seq_length=recipe.data.seq_length
+    )
+    rate = None if bf16_tflops is None else bf16_tflops * 1e12 * share_of_peak * recipe.num_processes
+    counts = count_parameters(architecture, num_layers=recipe.model.num_layers)
+    suggestion = None
+    if memory.total > available:
+        suggestion = (
+            smallest_change(recipe, architecture, available) or "no single device setting: use more devices"
+        )
+    return TrainingPlan(
+        parameters=counts,
+        memory=memory,
+        available_bytes=available,
+        flops_per_step=flops,
+        expected_step_time_s=None if rate is None else flops / rate,
+        checkpoint_bytes=counts.total * (14 if recipe.checkpoint.save_optimizer else 2),
+        suggestion=suggestion,
+    )
+
+
+def require_fit(plan: TrainingPlan, recipe: Recipe) -> None:
+    """Refuse a plan that cannot fit.
+
+    Raises:
+        ConfigError: it names the memory, and the smallest change that fits.
+    """
+    if not plan.fits:
+        raise ConfigError(
+            "the run does not fit into device memory", where=f"recipe {recipe.name}",
+            expected=f"at most {plan.available_bytes / GIB:.0f} GiB a device",
+            got=f"{plan.memory.total / GIB:.1f} GiB", fix=plan.suggestion or "",
+        )  # fmt: skip
+
+
+def smallest_change(recipe: Recipe, architecture: Architecture, available_bytes: float) -> str | None:
+    """The first change that fits, mildest first: single changes, then pairs, then threes."""
+    applicable = [(label, section) for label, change in CHANGES if (section := change(recipe)) is not None]
+    for size in (1, 2, 3):
+        for chosen in combinations(applicable, size):
+            changed = _apply(recipe, [section for _, section in chosen])
+            if changed is not None and estimate_memory(changed, architecture).total <= available_bytes:
+                return " and ".join(label for label, _ in chosen)
+    return None
+
+
+def _apply(recipe: Recipe, sections: list[dict[str, dict[str, Any]]]) -> Recipe | None:
+    data = recipe.model_dump(mode="json")
+    for section in sections:
+        for name, values in section.items():
+            data[name] |= values
+    try:
+        return parse_recipe(data, where="a change to the recipe")
+    except ConfigError:  # the change does not divide: it is no candidate
+        return None
+
+
+def _if(condition: bool, section: str, **values: Any) -> dict[str, dict[str, Any]] | None:  # noqa: FBT001
+    return {section: values} if condition else None
+
+
+def _tensor_parallel(size: int) -> Callable[[Recipe], dict[str, dict[str, Any]] | None]:
+    return lambda recipe: _if(
+        recipe.parallel.tensor_model_parallel_size < size <= recipe.num_processes,
+        "parallel", tensor_model_parallel_size=size, sequence_parallel=True,
+    )  # fmt: skip
+
+
+CHANGES: tuple[Change, ...] = (
+    ("optimizer.use_distributed_optimizer = true", lambda r: _if(
+        not r.optimizer.use_distributed_optimizer, "optimizer", use_distributed_optimizer=True)),
+    ("optimizer.use_precision_aware_optimizer = true", lambda r: _if(
+        not r.optimizer.use_precision_aware_optimizer and r.precision.dtype == "bf16",
+        "optimizer", use_precision_aware_optimizer=True, use_distributed_optimizer=True)),
+    ("train.micro_batch_size = 1", lambda r: _if(r.train.micro_batch_size > 1, "train", micro_batch_size=1)),
+    ("precision.recompute_vision = true", lambda r: _if(
+        not r.precision.recompute_vision, "precision", recompute_vision=True)),
+    ('precision.recompute = "full"', lambda r: _if(
+        r.precision.recompute != "full", "precision", recompute="full", recompute_num_layers=1)),
+    ("parallel.tensor_model_parallel_size = 2", _tensor_parallel(2)),
+    ("parallel.tensor_model_parallel_size = 4", _tensor_parallel(4)),
+    ("parallel.tensor_model_parallel_size = 8", _tensor_parallel(8)),
+    ("optimizer.cpu_offload_fraction = 0.5", lambda r: _if(
+        r.optimizer.cpu_offload_fraction < 0.5, "optimizer", cpu_offload_fraction=0.5)),
+    ("optimizer.cpu_offload_fraction = 1.0", lambda r: _if(
+        r.optimizer.cpu_offload_fraction < 1.0, "optimizer", cpu_offload_fraction=1.0)),
+)  # fmt: skip
+"""Changes to try, mildest first: what costs no speed, then a little, then much."""

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher, on small programs that write run directories as training does."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.launch import (
+    ATTEMPTS_FILE,
+    LAUNCH_LOG,
+    Watch,
+    classify_failure,
+    failure_reason,
+    launch,
+    read_attempts,
+)
+from models.contract.errors import RunError
+
+PRELUDE = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+run_dir = Path(sys.argv[1])
+def step(n):
+    with (run_dir / "metrics.jsonl").open("a") as f:
+        f.write(json.dumps({"iteration": n, "lm_loss": 1.0}) + "\\n")
+def phase(name):
+    (run_dir / "run.json").write_text(json.dumps({"outcome": {"phase": name}}))
+"""
+ECC = "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+
+
+def program(body: str, run_dir: Path) -> list[str]:
+    return [sys.executable, "-c", PRELUDE + body, str(run_dir)]
+
+
+def test_launch_completes_and_reports_progress(tmp_path: Path) -> None:
+    seen: list[int] = []
+    command = program("phase('training'); step(1); step(2); phase('done'); print('hello')", tmp_path)
+    result = launch(command, tmp_path, watch=Watch(progress=lambda iteration, _: seen.append(iteration)))
+    assert result.completed
+    assert result.last.last_iteration == 2
+    assert seen == [1, 2]
+    assert (tmp_path / LAUNCH_LOG).read_text() == "hello\n"
+    assert [attempt["kind"] for attempt in read_attempts(tmp_path)] == ["completed"]
+
+
+def test_launch_retries_infrastructure_failure_before_the_first_iteration(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    body = f"""
+flag = Path({str(flag)!r})
+phase('startup')
+if not flag.exists():
+    flag.write_text("")
+    raise OSError(28, "No space left on device")
+step(1); phase('done')
+"""
+    run_dir = tmp_path / "run"
+    result = launch(program(body, run_dir), run_dir)
+    assert [attempt.kind for attempt in result.attempts] == ["infra", "completed"]
+    assert result.attempts[0].reason == "OSError: [Errno 28] No space left on device"
+    # the first attempt is kept whole, beside the one that counts
+    assert (run_dir / "attempt-1" / LAUNCH_LOG).is_file()
+    assert (run_dir / "attempt-1" / "run.json").is_file()
+    assert len(read_attempts(run_dir)) == 2
+
+
+def test_launch_gives_up_after_two_retries(tmp_path: Path) -> None:
+    result = launch(program("raise ConnectionRefusedError('Connection refused')", tmp_path), tmp_path)
+    assert [attempt.kind for attempt in result.attempts] == ["infra"] * 3
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ("step(1); phase('training'); raise OSError(28, 'No space left on device')", "result"),
+        ("raise RuntimeError('shapes differ')", "result"),
+        ("sys.stderr.write('ConfigError: unknown key\\n'); sys.exit(1)", "refused"),
+    ],
+)
+def test_launch_never_retries_a_result(body: str, kind: str, tmp_path: Path) -> None:
+    result = launch(program(body, tmp_path), tmp_path)
+    assert [attempt.kind for attempt in result.attempts] == [kind]
+
+
+def test_launch_stops_when_time_is_over(tmp_path: Path) -> None:
+    result = launch(program("time.sleep(600)", tmp_path), tmp_path, watch=Watch(time_budget_s=0.5))
+    assert [attempt.kind for attempt in result.attempts] == ["timeout"]
+
+
+def test_launch_stops_the_whole_tree(tmp_path: Path) -> None:
+    cancel = threading.Event()
+    body = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+(run_dir / "child").write_text(str(child.pid))
+step(1)
+time.sleep(600)
+"""
+    with pytest.raises(KeyboardInterrupt):
+        launch(
+            program(body, tmp_path), tmp_path, watch=Watch(cancel=cancel, progress=lambda *_: cancel.set())
+        )
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_launch_records_an_interrupted_attempt(tmp_path: Path) -> None:
+    cancel = threading.Event()
+    body = "signal.signal(signal.SIGTERM, lambda *_: (phase('done'), sys.exit(3)))\nstep(1)\ntime.sleep(600)"
+    watch = Watch(cancel=cancel, progress=lambda *_: cancel.set())
+    with pytest.raises(KeyboardInterrupt):
+        launch(program(body, tmp_path), tmp_path, watch=watch)
+    (attempt,) = read_attempts(tmp_path)
+    assert attempt["kind"] == "interrupted"
+    assert json.loads((tmp_path / "run.json").read_text())["outcome"]["phase"] == "done"
+
+
+def test_launch_treats_sigterm_as_an_interrupt(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    watch = Watch(progress=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        launch(program("step(1)\ntime.sleep(600)", tmp_path), tmp_path, watch=watch)
+    assert read_attempts(tmp_path)[0]["kind"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_launch_never_overwrites_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(RunError, match="already holds a run"):
+        launch(["true"], tmp_path)
+    assert not (tmp_path / ATTEMPTS_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "exit_code", "iteration", "phase", "expected"),
+    [
+        (ECC, 1, 0, "startup", "infra"),
+        (ECC, 1, 7, "training", "result"),
+        (f"[rank3]: {ECC}", 1, 0, "", "infra"),
+        # one rank's own mistake makes the others lose their connection: the mistake decides
+        (
+            "ValueError: bad shape\n[rank1]: ConnectionResetError: Connection reset by peer",
+            1,
+            0,
+            "startup",
+            "result",
+        ),
+        ("torch.distributed.DistNetworkError: The client socket has timed out", 1, 0, "startup", "infra"),
+        ("loading\n", -9, 0, "startup", "infra"),
+        ("RuntimeError: found NaN in local grad norm", 1, 12, "training", "result"),
+        (
+            "AssertionError: x\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n",
+            1,
+            0,
+            "",
+            "result",
+        ),
+        ("", 0, 500, "done", "completed"),
+    ],
+)
+def test_classify_failure_goes_by_phase_and_exception(
+    log: str, exit_code: int, iteration: int, phase: str, expected: str
+) -> None:
+    kind, _ = classify_failure(exit_code=exit_code, log=log, last_iteration=iteration, phase=phase)
+    assert kind == expected
+
+
+def test_failure_reason_prefers_our_own_error() -> None:
+    log = "Traceback …\nKeyError: 'x'\n[rank 0] DataError: dataset not found\n  where: /data\n"
+    assert failure_reason(log, 1) == "DataError: dataset not found"
+    assert failure_reason("nothing of use", -9) == "ended by SIGKILL"
+    assert failure_reason("nothing of use", 7) == "exit code 7"

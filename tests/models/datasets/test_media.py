@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+import struct
+import zlib
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from models.datasets.media import decode_audio, decode_image, decode_video, image_size
+from models.datasets.sample import Medium, SampleRejected
+from models.datasets.scenes import encode_mp4
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format=kind)
+    return stream.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    body = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + body
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "I;16", "1"])
+def test_image_modes_become_rgb(mode):
+    kind = "TIFF" if mode in ("CMYK", "I;16") else "PNG"
+    image = Image.new("I;16", (60, 40)) if mode == "I;16" else NOISE.convert(mode)
+    assert decode_image(encoded(image, kind)).mode == "RGB"
+    assert image_size(encoded(image, kind)) == (40, 60)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "corrupt image"),
+        (b"hello", "corrupt image"),
+        (encoded(NOISE, "JPEG")[:300], "corrupt image"),
+        (encoded(NOISE, "PNG")[:-2000], "corrupt image"),
+        (png_header(60_000, 60_000), "decompression bomb"),
+        (png_header(20_000, 10), "image too narrow"),
+    ],
+    ids=["empty", "text", "half jpeg", "half png", "bomb", "sliver"],
+)
+def test_bad_images_are_rejected(data, reason):
+    with pytest.raises(SampleRejected) as caught:
+        decode_image(data, "x.png")
+    assert caught.value.reason == reason
+
+
+def test_video_file_gives_all_frames_and_its_rate():
+    frames = [Image.new("RGB", (64, 48), (i * 30, 0, 0)) for i in range(6)]
+    video = decode_video(Medium("video", "v.mp4", (encode_mp4(frames, 3),)))
+    assert video.frames.shape == (6, 48, 64, 3)
+    assert (video.fps, video.is_sampled) == (3.0, False)
+
+
+def test_frames_given_one_by_one_are_used_as_they_are():
+    data = tuple(encoded(NOISE, "PNG") for _ in range(3))
+    video = decode_video(Medium("video", "v.frames", data, 4.0, is_frames=True))
+    assert (video.frames.shape[0], video.fps, video.is_sampled) == (3, 4.0, True)
+    assert np.array_equal(video.frames[1], np.asarray(NOISE))
+
+
+@pytest.mark.parametrize("cut", [0, 100, 900])
+def test_damaged_videos_are_rejected(cut):
+    data = encode_mp4([NOISE] * 4, 2)[:cut]
+    with pytest.raises(SampleRejected, match="corrupt video"):
+        decode_video(Medium("video", "v.mp4", (data,)))
+
+
+def test_frames_of_different_sizes_are_rejected():
+    data = (encoded(NOISE, "PNG"), encoded(NOISE.resize((30, 30)), "PNG"))
+    with pytest.raises(SampleRejected, match="different sizes"):
+        decode_video(Medium("video", "v.frames", data, 2.0, is_frames=True))
+
+
+def tone(rate: int, seconds: float = 0.5, channels: int = 2) -> np.ndarray:
+    wave = np.sin(2 * np.pi * 440 * np.arange(int(rate * seconds)) / rate) * 0.5
+    return np.repeat(wave[:, None], channels, axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+def test_audio_is_resampled_to_mono(rate):
+    stream = io.BytesIO()
+    soundfile.write(stream, tone(rate), rate, format="WAV", subtype="FLOAT")
+    samples = decode_audio(stream.getvalue(), 16000)
+    assert abs(samples.size - 8000) <= 16
+    # The tone stays a tone: 440 Hz holds the energy. Worst case measured: 0.999 of it.
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(samples.size))) ** 2
+    peak = int(round(440 * samples.size / 16000))
+    assert spectrum[peak - 3 : peak + 4].sum() / spectrum.sum() > 0.99
+
+
+def test_audio_at_the_right_rate_is_untouched():
+    stream = io.BytesIO()
+    soundfile.write(stream, tone(16000, channels=1), 16000, format="WAV", subtype="FLOAT")
+    assert np.array_equal(decode_audio(stream.getvalue(), 16000), tone(16000, channels=1)[:, 0])
+
+
+def test_sound_of_a_video_is_read():
+    stream = io.BytesIO()
+    with av.open(stream, mode="w", format="mp4") as container:
+        track = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(16000, 1.0, 1).T, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(track.encode(frame))
+        container.mux(track.encode())
+    assert abs(decode_audio(stream.getvalue(), 16000).size - 16000) < 3000
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"RIFFxxxxWAVE", encode_mp4([NOISE] * 2, 1)], ids=["empty", "stub", "silent video"]
+)
+def test_damaged_audio_is_rejected(data):
+    with pytest.raises(SampleRejected, match="corrupt audio"):
+        decode_audio(data, 16000)
