@@ -93,7 +93,8 @@ def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Re
 def one_step(engine: MegatronEngine, batches: list[Any], options: argparse.Namespace) -> None:
     """Forward and backward of all micro-batches, and the update unless it is left out."""
     denominator = sum(batch.num_supervised_tokens for batch in batches) * engine.ranks.dp_size
-    engine.forward_backward(batches, denominator)
+    num_padded_tokens = sum(batch.input_ids.numel() for batch in batches) * engine.ranks.dp_size
+    engine.forward_backward(batches, denominator=denominator, num_padded_tokens=num_padded_tokens)
     if not options.no_update:
         engine.update()
 

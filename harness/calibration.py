@@ -154,10 +154,12 @@ def _estimate_of_like_run(
 def _step_time_noise(frames: list[pd.DataFrame], policy: Policy) -> dict[str, float | None]:
     medians = []
     for frame in frames:
-        steady, _ = steady_rows(frame, policy)
-        if "step_time_ms" not in frame or steady.empty or not (steady["step_time_ms"] > 0).all():
+        if "step_time_ms" not in frame:
             return {}
-        medians.append(math.log(float(steady["step_time_ms"].median())))
+        times = steady_rows(frame, policy)[0]["step_time_ms"].to_numpy(dtype=float)
+        if not len(times) or not (times > 0).all():
+            return {}
+        medians.append(math.log(float(np.median(times))))
     if len(medians) < 2:
         return {}
     sd = float(np.std(medians, ddof=1))

@@ -9,7 +9,8 @@ name starts with an underscore is a parent for others and makes no case.
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.hardware import REPOSITORY, hardware_class
+from harness.devices import hardware_class
+from harness.hardware import REPOSITORY
 from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe, load_recipe
 from models.contract.site import Site

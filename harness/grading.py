@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Literal
 
@@ -15,6 +16,7 @@ from harness.gates.plausibility import plausibility
 from harness.gates.sanity import sanity
 from harness.gates.throughput import published_throughput, throughput
 from harness.gates.trajectory import drift, shape
+from harness.launch import classify_failure
 from harness.policy import Policy
 from harness.records.record import RunRecord
 from harness.verdict import GateResult, Verdict, VerdictName, verdict_of_gates, worst
@@ -61,12 +63,10 @@ def grade(
             accept_excerpt=gate_mode == "literal",
         )
     )  # fmt: skip
+    is_same_device = comparable is not None and same_hardware and _same_device(record, comparable)
     gates.append(
-        plausibility(
-            record, policy, hardware=claimed,
-            baseline=comparable if same_hardware and _same_device(record, comparable) else None,
-        )
-    )  # fmt: skip
+        plausibility(record, policy, hardware=claimed, baseline=comparable if is_same_device else None)
+    )
     is_sound = not any(gate.status == "invalid" for gate in gates if gate.gate != "environment")
     text = list(notes)
     if baseline is not None and not record.series.empty and record.has("lm_loss"):
@@ -195,6 +195,10 @@ def _verdicts(
     )
     needs_more = mode == "tost" and level in {"published", "other_hardware"}
     lacks_loss = baseline is not None and not baseline.has("lm_loss")
+    compared = [gate for gate in gates if gate.gate in CONVERGENCE_GATES and gate.blocks]
+    if mode == "tost" and compared and all(gate.status == "not_run" for gate in compared):
+        # Nothing of the loss was compared: that it is sound by itself is not a pass.
+        names.append("INCONCLUSIVE")
     if baseline is None or needs_more or lacks_loss:
         names.append("NO_BASELINE")
     if mode == "literal" and baseline is not None and not is_literal_answered:
@@ -203,12 +207,15 @@ def _verdicts(
 
 
 def _died_before_training(record: RunRecord) -> bool:
-    return (
-        record.info is not None
-        and record.info.outcome.status == "failed"
-        and record.info.outcome.phase == "startup"
-        and record.series.empty
-    )
+    """Ended by the machine (not by our own errors, nor by the code) before the first iteration."""
+    if record.info is None or not record.series.empty:
+        return False
+    outcome = record.info.outcome
+    if outcome.status != "failed" or outcome.phase != "startup" or not outcome.error:
+        return False
+    log = re.sub(r"^rank \d+: ", "", outcome.error)
+    kind, _ = classify_failure(exit_code=1, log=log, last_iteration=0, phase=outcome.phase)
+    return kind == "infra"
 
 
 def _match_level(record: RunRecord, baseline: Baseline | None, hardware: str | None) -> str:

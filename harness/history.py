@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def change_points(
     # 1.4826 times the median is the sd of a normal; a difference has twice the variance of a value.
     noise = 1.4826 * float(np.median(np.abs(differences - np.median(differences)))) / np.sqrt(2.0)
     scale = max(noise, min_relative / 4.0)
-    penalty = 3.0 * np.log(len(values)) * scale**2
+    penalty = 5.0 * np.log(len(values)) * scale**2
     ends = ruptures.Pelt(model="l2", min_size=2, jump=1).fit(values.reshape(-1, 1)).predict(pen=penalty)
     edges = [0, *ends]
     levels = [float(np.exp(np.median(values[start:end]))) for start, end in zip(edges, ends, strict=False)]
@@ -171,17 +172,15 @@ def change_points(
 
 
 def _metrics(record: RunRecord, policy: Policy) -> dict[str, float | None]:
-    series = record.series
-    steady, _ = steady_rows(series, policy)
+    if record.series.empty:
+        return dict.fromkeys(METRICS)
+    steady, _ = steady_rows(record.series, policy)
+    held_out = record.values("eval_lm_loss")
+    held_out = held_out[np.isfinite(held_out)]
     values = {
-        "end_lm_loss": series["lm_loss"].tail(policy.end_window.num_iterations).mean(),
-        "eval_lm_loss": series["eval_lm_loss"].dropna().iloc[-1]
-        if series["eval_lm_loss"].notna().any()
-        else None,
-        "step_time_ms": steady["step_time_ms"].median(),
-        "peak_memory_bytes": series["peak_memory_bytes"].max(),
+        "end_lm_loss": record.values("lm_loss")[-policy.end_window.num_iterations :].mean(),
+        "eval_lm_loss": held_out[-1] if len(held_out) else math.nan,
+        "step_time_ms": np.median(steady["step_time_ms"].to_numpy(dtype=float)) if len(steady) else math.nan,
+        "peak_memory_bytes": record.values("peak_memory_bytes").max(),
     }
-    return {
-        name: float(value) if value is not None and np.isfinite(value) else None
-        for name, value in values.items()
-    }
+    return {name: float(value) if np.isfinite(value) else None for name, value in values.items()}

@@ -136,7 +136,11 @@ def launch_case(
 ) -> LaunchResult:
     """Train one case. `num_threads` limits the threads of each process on a CPU."""
     command = train_command(case.recipe_file, run_dir, case.recipe.num_processes, site_file)
-    return launch(command, run_dir, environment=child_environment(case.hardware, num_threads), watch=watch)
+    environment = child_environment(case.hardware, num_threads)
+    if case.recipe.train.engine == "megatron" and case.hardware not in ("cpu", "b200"):
+        # mcore's overlap of communication needs a single hardware queue before Blackwell; FSDP2 is slowed by it
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return launch(command, run_dir, environment=environment, watch=watch)
 
 
 def launch(
@@ -184,8 +188,6 @@ def child_environment(hardware: str, num_threads: int | None = None) -> dict[str
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment["PYTHONUNBUFFERED"] = "1"
-    # mcore's overlap needs one hardware queue on GPUs before Blackwell, and asserts it
-    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if hardware == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if num_threads:

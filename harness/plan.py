@@ -11,7 +11,8 @@ from harness.assets import maker
 from harness.baselines.schema import BaselineKey
 from harness.baselines.store import baseline_path, load_baseline
 from harness.cases import Case, missing_inputs
-from harness.hardware import HARDWARE, Probe, probe_host
+from harness.devices import HARDWARE
+from harness.hardware import Probe, probe_host
 from harness.launch import train_command
 from harness.session import BASELINES
 from models.contract.errors import HarnessError
@@ -48,7 +49,7 @@ def plan_case(
     missing = missing_inputs(case, site)
     step_ms, source = _step_time(case, site, baselines)
     iterations, devices = case.recipe.train.train_iters, case.recipe.num_processes
-    folder = f"runs/<time>/{case.suite}/{case.name}@{case.hardware}"
+    folder = f"runs/TIME/{case.suite}/{case.name}@{case.hardware}"
     return PlannedCase(
         case=case,
         command=["python", *train_command(case.recipe_file, Path(folder), devices, None)[1:]],

@@ -112,7 +112,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register every marker the case matrix can add, so that ``--strict-markers`` knows them."""
-    from harness.hardware import HARDWARE
+    from harness.devices import HARDWARE
     from models.contract.architecture import FAMILIES
 
     for row in HARDWARE.values():
@@ -540,7 +540,7 @@ def _named_hardware(expression: str) -> set[str]:
     """Hardware classes that a ``-m`` expression asks for: it holds with their marker and not without."""
     if not expression:
         return set()
-    from harness.hardware import HARDWARE
+    from harness.devices import HARDWARE
 
     compiled = Expression.compile(expression)
     words = set(expression.replace("(", " ").replace(")", " ").split())

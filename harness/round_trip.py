@@ -30,7 +30,7 @@ def round_trip(source: Path, work: Path, artifacts: Path, *, name: str) -> dict[
     run_program(["models.entry.convert", "hf-to-megatron", str(source), str(megatron)])
     run_program(["models.entry.convert", "megatron-to-hf", str(megatron), str(back), "--hf", str(source)])
     run_program(["models.entry.convert", "verify", str(source), str(back), "--out", str(result)])
-    data = {"name": name, **json.loads(result.read_text(encoding="utf-8"))}
+    data = {**json.loads(result.read_text(encoding="utf-8")), "name": name}
     result.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
     return data

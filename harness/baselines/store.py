@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import ValidationError
 
 from harness.baselines.schema import SCHEMA_VERSION, Baseline, BaselineKey, content_id
-from harness.hardware import classify
+from harness.devices import classify
 from harness.records.record import REPORTED_TFLOPS, REPORTED_TOKENS, RunRecord
 from models.contract.errors import BaselineError
 
@@ -266,8 +267,9 @@ def flops_per_padded_token(record: RunRecord) -> float | None:
         ratio = record.series["megatron_flops"] / record.series["num_padded_tokens"]
     else:
         return None
-    ratio = ratio.dropna()
-    return float(ratio.median()) if len(ratio) else None
+    values = ratio.to_numpy(dtype=float)
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -78,11 +78,11 @@ def run(
         float | None, typer.Option(metavar="SECONDS", help="Stop a launch that takes longer.")
     ] = None,
     run_root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the runs (default: runs/<time>).")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the runs (default: runs/TIME).")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder of the report (default: reports/<time>)."),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of the report (default: reports/TIME)."),
     ] = None,
     gate: GateModeOption = "tost",
     baseline_dir: BaselineDirOption = None,
@@ -97,6 +97,24 @@ def run(
         jobs=jobs,
     )  # fmt: skip
     raise typer.Exit(machine.run(cases or [], hw, options, jobs=jobs, report_dir=output))
+
+
+@app.command()
+def smoke(
+    run_root: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the runs (default: runs/TIME).")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder of the report (default: reports/smoke)."),
+    ] = None,
+    site: SiteOption = None,
+) -> None:
+    """The main job on tiny models, without GPU: convert, fine-tune 500 iterations, judge, report.
+
+    Example: `qwen-harness smoke`
+    """
+    raise typer.Exit(machine.smoke(run_root, output, site))
 
 
 @app.command()

@@ -33,7 +33,7 @@ def grade_path(
 ) -> int:
     """Judge one record, print the verdict, return its exit code."""
     from harness.baselines import Match, load_baseline
-    from harness.hardware import hardware_class
+    from harness.devices import hardware_class
     from harness.records import load_record
     from harness.session import grade_record, write_grading
 

@@ -4,6 +4,7 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, Self
 import typer
 
 from harness.cases import SUITES, Case, cases_of_recipe, discover
-from harness.hardware import check_claim, environment_fingerprint, hardware_class, probe_host
+from harness.devices import hardware_class
+from harness.hardware import check_claim, environment_fingerprint, probe_host
 from models.contract.errors import ConfigError
 from models.contract.site import load_site
 
@@ -123,6 +125,19 @@ def run(names: list[str], hardware: str | None, options: Any, *, jobs: int, repo
     return EXIT_CODES[worst(result.verdict.name for result in results)]
 
 
+def smoke(run_root: Path | None, report_dir: Path | None, site_file: Path | None) -> int:
+    """Run the smoke job; returns the worst verdict's exit code."""
+    from harness.session import REPORTS
+    from harness.smoke import JOBS, TIME_BUDGET_S
+    from harness.smoke import smoke as run_smoke
+
+    start = time.monotonic()
+    options = session_options(run_root=run_root, site_file=site_file, time_budget_s=TIME_BUDGET_S, jobs=JOBS)
+    code = run_smoke(options, report_dir or REPORTS / "smoke")
+    typer.echo(f"{time.monotonic() - start:.0f} s, exit code {code}")
+    return code
+
+
 class _Progress:
     """One bar a case on a terminal; nothing elsewhere."""
 
@@ -169,7 +184,7 @@ def doctor(site_file: Path | None, *, as_json: bool) -> int:
             problems.append(f"{package} is not installed: `make setup`")
     if probe.kind != "cpu" and probe.hardware is None:
         problems.append(
-            f"'{probe.device_name}' is no class of harness/hardware.py: no markers, no utilisation"
+            f"'{probe.device_name}' is no class of harness/devices.py: no markers, no utilisation"
         )
     folders = {name: _folder(Path(getattr(site, name))) for name in ("checkpoints", "datasets", "scratch")}
     if as_json:

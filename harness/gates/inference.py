@@ -81,7 +81,8 @@ def _blank(blanked: Evaluation, *, slack: float) -> GateResult:
     assert scores.accuracy is not None
     assert scores.chance_accuracy is not None
     right = round(scores.accuracy * scores.num_answers)
-    low, high = proportion_confint(right, scores.num_answers, alpha=1 - CONFIDENCE, method="wilson")
+    interval: Any = proportion_confint(right, scores.num_answers, alpha=1 - CONFIDENCE, method="wilson")
+    low, high = float(interval[0]), float(interval[1])
     limit = scores.chance_accuracy + slack
     status = "pass" if scores.accuracy <= limit else ("fail" if low > limit else "inconclusive")
     return GateResult(
@@ -91,7 +92,7 @@ def _blank(blanked: Evaluation, *, slack: float) -> GateResult:
         summary=f"answers right with blanked media {scores.accuracy:.1%} [{low:.1%}, {high:.1%}]; chance "
         f"{scores.chance_accuracy:.1%}, allowed {limit:.1%}",
         effect=scores.accuracy - scores.chance_accuracy,
-        interval=(float(low) - scores.chance_accuracy, float(high) - scores.chance_accuracy),
+        interval=(low - scores.chance_accuracy, high - scores.chance_accuracy),
         margin=(-1.0, slack),
         details={"unit": "accuracy", **_scores(blanked=blanked)},
     )
@@ -101,7 +102,8 @@ def _mean_interval(differences: np.ndarray) -> tuple[float, float]:
     """Interval of the mean; a constant series (everything learnt at once) has no spread to speak of."""
     if np.ptp(differences) == 0:
         return float(differences[0]), float(differences[0])
-    low, high = DescrStatsW(differences).zconfint_mean(alpha=1 - CONFIDENCE)
+    interval: Any = DescrStatsW(differences).zconfint_mean(alpha=1 - CONFIDENCE)
+    low, high = interval
     return float(low), float(high)
 
 

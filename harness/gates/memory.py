@@ -20,7 +20,7 @@ def memory(record: RunRecord, baseline: Baseline, policy: Policy, *, hardware: s
     if not record.has("peak_memory_bytes") or not baseline.has("peak_memory_bytes"):
         return GateResult(gate="memory", status="not_run", blocks=False, summary="no peak memory to compare")
     ours = float(record.values("peak_memory_bytes").max())
-    theirs = max(float(frame["peak_memory_bytes"].max()) for frame in baseline.frames())
+    theirs = max(float(frame["peak_memory_bytes"].to_numpy(dtype=float).max()) for frame in baseline.frames())
     if ours <= 0 or theirs <= 0:
         return GateResult(
             gate="memory", status="not_run", blocks=False, summary="peak memory was not measured"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.hardware import HARDWARE, HardwareClass
+from harness.devices import HARDWARE, HardwareClass
 from harness.records.record import REPORTED_TFLOPS, REPORTED_TOKENS
 from harness.verdict import GateResult
 from models.contract.flops import tflops_per_gpu
@@ -53,7 +53,7 @@ def plausibility(
         warnings += more_warnings
         faults += _memory(record)
     elif record.has(REPORTED_TFLOPS):
-        warnings.append(_possible_on(float(record.series[REPORTED_TFLOPS].max())))
+        warnings.append(_possible_on(float(np.nanmax(record.values(REPORTED_TFLOPS)))))
     status = "invalid" if faults else "warn" if warnings else "pass"
     return GateResult(
         gate="plausibility",
@@ -97,7 +97,7 @@ def _times(record: RunRecord) -> list[str]:
     times = record.values("step_time_ms")
     faults = _first_wrong(record, ~(times > 0), "step_time_ms is not positive")
     if all(record.has(name) for name in PARTS):
-        parts = sum(record.values(name) for name in PARTS)
+        parts = np.sum([record.values(name) for name in PARTS], axis=0)
         faults += _first_wrong(
             record, parts > times * PARTS_SLACK + 1.0, "the parts of the step take longer than it"
         )
@@ -134,24 +134,28 @@ def _rates(record: RunRecord, policy: Policy, details: dict[str, Any]) -> list[s
     if not record.has("step_time_ms"):
         return []
     faults = []
-    seconds = record.series["step_time_ms"] / 1000.0
+    seconds = record.values("step_time_ms") / 1000.0
     for column, key in (
         (REPORTED_TOKENS, "padded_tokens_per_gpu_per_step"),
         (REPORTED_TFLOPS, "tflop_per_gpu_per_step"),
     ):
         if not record.has(column):
             continue
-        product = (record.series[column] * seconds).dropna()
-        if product.empty or not (product > 0).all():
+        printed = record.values(column)
+        product = printed * seconds
+        product, printed = product[np.isfinite(product)], printed[np.isfinite(product)]
+        if not len(product) or not (product > 0).all():
             faults.append(f"{column} is not positive")
             continue
-        middle = float(product.median())
+        middle = float(np.median(product))
         # Logs print one decimal: a small number carries a large rounding.
-        rounding = policy.plausibility.rounding + 0.1 / float(record.series[column].dropna().min())
-        spread = float((product / middle - 1.0).abs().max())
+        rounding = policy.plausibility.rounding + 0.1 / float(printed.min())
+        spread = float(np.abs(product / middle - 1.0).max())
         details[key] = middle
         if spread > rounding and not _has_varying_batches(record):
-            first = int((product / middle - 1.0).abs().idxmax())
+            first = int(
+                record.series.index[int(np.argmax(np.abs(record.values(column) * seconds / middle - 1.0)))]
+            )
             faults.append(f"{column} times step time is not the same at iteration {first} ({spread:.1%} off)")
     if "padded_tokens_per_gpu_per_step" in details and "tflop_per_gpu_per_step" in details:
         details["flops_per_padded_token"] = (
@@ -211,7 +215,7 @@ def _tflops(record: RunRecord) -> dict[str, float]:
     """Highest rate of a step by every definition the record has, medians of steps so that one odd step is no proof."""
     rates: dict[str, float] = {}
     if record.has(REPORTED_TFLOPS):
-        rates["reported"] = float(record.series[REPORTED_TFLOPS].median())
+        rates["reported"] = float(np.nanmedian(record.values(REPORTED_TFLOPS)))
     if not record.world_size or not record.has("step_time_ms"):
         return rates
     data = record.recipe.get("data")
@@ -233,7 +237,7 @@ def _reported_mfu(record: RunRecord, peak: float) -> list[str]:
     rates = _tflops(record)
     if not record.has("extra.mfu") or "model" not in rates:
         return []
-    reported, expected = float(record.series["extra.mfu"].median()), rates["model"] / peak
+    reported, expected = float(np.nanmedian(record.values("extra.mfu"))), rates["model"] / peak
     if abs(reported / expected - 1.0) > PARTS_SLACK - 1.0:
         return [
             f"reported mfu {reported:.1%} is not model FLOPs over the dense peak, {expected:.1%}: sparse peak?"

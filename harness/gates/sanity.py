@@ -182,9 +182,10 @@ def _plan(record: RunRecord, policy: Policy) -> list[str]:
     if record.info.world_size != recipe.num_processes:
         faults.append(f"world size is {record.info.world_size}, the recipe plans {recipe.num_processes}")
     if record.has("global_batch_size"):
-        wrong = record.series["global_batch_size"] != recipe.train.global_batch_size
-        if wrong.any():
-            faults.append(f"global batch size departs from the recipe's at iteration {int(wrong.idxmax())}")
+        wrong = np.flatnonzero(record.values("global_batch_size") != recipe.train.global_batch_size)
+        if len(wrong):
+            iteration = int(record.series.index[wrong[0]])
+            faults.append(f"global batch size departs from the recipe's at iteration {iteration}")
     return faults + _learning_rate(record, recipe, policy.sanity.learning_rate_tolerance)
 
 

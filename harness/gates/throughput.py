@@ -51,7 +51,8 @@ def throughput(
     estimate, detectable = _estimate(steady, baseline, policy)
     interval = estimate.interval(policy.alpha)
     status, is_gain = _judge(estimate.mean, interval, limits)
-    ours = float(steady["step_time_ms"].median())
+    times = steady["step_time_ms"].to_numpy(dtype=float)
+    ours = float(np.median(times))
     note = f"; advisory: {advisory_because}" if advisory_because else "; advisory" if not blocks else ""
     return GateResult(
         gate="throughput",
@@ -71,8 +72,8 @@ def throughput(
             "num_discarded": num_discarded,
             "first_steady_iteration": int(steady.index[0]),
             "median_step_time_ms": ours,
-            "mad_step_time_ms": float((steady["step_time_ms"] - ours).abs().median()),
-            "p95_over_p50": float(steady["step_time_ms"].quantile(0.95)) / ours,
+            "mad_step_time_ms": float(np.median(np.abs(times - ours))),
+            "p95_over_p50": float(np.quantile(times, 0.95)) / ours,
         },
     )
 
@@ -100,15 +101,15 @@ def published_throughput(record: RunRecord, baseline: Baseline, policy: Policy) 
 def padded_rate(record: RunRecord, policy: Policy) -> float | None:
     """Padded tokens a second and device at the median step; what a log reports, where it reports it."""
     if record.has(REPORTED_TOKENS):
-        return float(record.series[REPORTED_TOKENS].median())
+        return float(np.nanmedian(record.values(REPORTED_TOKENS)))
     if not (record.has("num_padded_tokens") and record.world_size):
         return None
     steady, _ = steady_rows(record.series, policy)
     if steady.empty:
         return None
     return tokens_per_second_per_gpu(
-        float(steady["num_padded_tokens"].median()),
-        step_time_ms=float(steady["step_time_ms"].median()),
+        float(np.median(steady["num_padded_tokens"].to_numpy(dtype=float))),
+        step_time_ms=float(np.median(steady["step_time_ms"].to_numpy(dtype=float))),
         world_size=record.world_size,
     )
 
@@ -121,7 +122,8 @@ def _estimate(steady: pd.DataFrame, baseline: Baseline, policy: Policy) -> tuple
         seed=policy.bootstrap_seed,
     )
     medians = [
-        math.log(float(steady_rows(frame, policy)[0]["step_time_ms"].median())) for frame in baseline.frames()
+        math.log(float(np.median(steady_rows(frame, policy)[0]["step_time_ms"].to_numpy(dtype=float))))
+        for frame in baseline.frames()
     ]
     runs = len(medians)
     # A spread taken from the policy is known, not estimated: no freedom is lost to it.

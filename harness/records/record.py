@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -152,6 +153,7 @@ def to_number(value: Any) -> float | None:
     return None
 
 
+@functools.cache
 def optional_columns() -> frozenset[str]:
     """Step columns that may be null."""
     return frozenset(

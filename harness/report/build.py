@@ -16,10 +16,11 @@ import jinja2
 from markupsafe import Markup
 
 from harness.report.collect import Collection, Entry, collect
-from harness.report.numbers import end_loss, values
+from harness.report.numbers import CONTROL_RATIO, end_loss, values
 from harness.report.plots import Line, line_chart
 from harness.report.strings import Language, texts
 from harness.report.view import (
+    SMOOTHING,
     TONE_OF_VERDICT,
     Row,
     Words,
@@ -148,12 +149,15 @@ def _controls(entries: Iterable[Entry], t: Words) -> Iterable[Row]:
         lines = []
         for entry, style, label in ((run, "mean", t["with_images"]), (control, "control", t["blanked"])):
             series = entry.record.series
-            curve = smooth(values(series, "lm_loss").tolist())
+            loss = values(series, "lm_loss").tolist()
+            curve = smooth(loss) if len(loss) > 2 * SMOOTHING else loss
             lines.append(Line(x=[float(value) for value in series.index], y=curve, style=style, label=label))
         chart = line_chart(lines, title=t["running_mean"], x_label=t["iteration"], y_label="lm_loss")
+        ratio = losses[1] / losses[0]
+        clear = ratio >= CONTROL_RATIO
         yield {
-            "name": run.name, "loss": f"{losses[0]:.4f}", "control": f"{losses[1]:.4f}",
-            "ratio": f"{losses[1] / losses[0]:.2f} ×", "chart": Markup(chart),
+            "name": run.name, "loss": f"{losses[0]:.4f}", "control": f"{losses[1]:.4f}", "ratio": f"{ratio:.2f} ×",
+            "tone": "good" if clear else "bad", "word": t["clear" if clear else "not_clear"], "chart": Markup(chart),
         }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Throughput and token numbers of one run, each under the one name that says what it counts."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -8,9 +9,12 @@ import numpy as np
 import pandas as pd
 
 from harness.calibration import steady_rows
-from harness.hardware import HARDWARE
-from harness.policy import load_policy
+from harness.devices import HARDWARE
+from harness.policy import Policy, load_policy
 from models.contract.flops import tflops_per_gpu, tokens_per_second_per_gpu
+
+CONTROL_RATIO = 1.15
+"""A control with blanked images ends at least this much higher than the run it belongs to (mean of the last 50)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +52,15 @@ class Throughput:
 
 def steady_part(series: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """Steps that the throughput gate would judge, and how many iterations before the first of them warm up."""
-    steady, _ = steady_rows(series, load_policy())
+    steady, _ = steady_rows(series, _policy())
     steady = steady.loc[values(steady, "step_time_ms") > 0]
     warm_up = int(np.sum(series.index.to_numpy() < steady.index[0])) if len(steady) else len(series)
     return steady, warm_up
+
+
+@functools.cache
+def _policy() -> Policy:
+    return load_policy()
 
 
 def values(series: pd.DataFrame, column: str) -> np.ndarray:

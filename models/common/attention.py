@@ -219,11 +219,14 @@ def _varlen(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
-    bounds, longest = segments.cu_seqlens_q, segments.max_seqlen_q
+    bounds, longest, d = segments.cu_seqlens_q, segments.max_seqlen_q, query.shape[-1]
     window = (-1, 0) if is_causal else (-1, -1)
+    scale = d**-0.5 if scale is None else scale
+    if d % 8:  # the kernel takes multiples of 8; zeros change neither the scores nor the part that is kept
+        query, key, value = (F.pad(t, (0, -d % 8)) for t in (query, key, value))
     out = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=window)
     assert isinstance(out, Tensor)
-    return out
+    return out[..., :d]
 
 
 def te_core_attention() -> type[torch.nn.Module]:

@@ -170,11 +170,10 @@ class MultimodalModel(MegatronModule):
             levels = [embeddings.new_zeros(embeddings.shape) for _ in features]
             if tokens is not None:  # nothing was seen, but every parameter must get a gradient, if only zero
                 embeddings = embeddings + 0.0 * sum(part.sum() for part in (tokens, *features))
-        stacked = torch.stack(levels) if levels else None
-        embeddings = self._cut(embeddings, index)
-        return embeddings, None if stacked is None else torch.stack(
-            [self._cut(level, index) for level in levels]
-        )
+        if self.audio_model is not None:
+            embeddings = self._hear(embeddings, batch)
+        stacked = torch.stack([self._cut(level, index) for level in levels]) if levels else None
+        return self._cut(embeddings, index), stacked
 
     def _see(self, batch: Batch) -> tuple[Tensor | None, list[Tensor]]:
         """Vision tokens and deepstack features; of one blank block when the micro-batch has no media."""

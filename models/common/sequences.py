@@ -85,8 +85,16 @@ class EncodedSample:
         return sum(tensor.nbytes for tensor in (*own, *media))
 
 
-def grid_run(token: int, grid_t: int, grid_h: int, grid_w: int, *, seconds_to_t: float = 1.0, time: Tensor | None = None,
-             advance: int | None = None) -> MediaRun:  # fmt: skip
+def grid_run(
+    token: int,
+    grid_t: int,
+    grid_h: int,
+    grid_w: int,
+    *,
+    seconds_to_t: float = 1.0,
+    time: Tensor | None = None,
+    advance: float | None = None,
+) -> MediaRun:
     """Run of one visual item with merged grid [grid_t, grid_h, grid_w].
 
     Args:

@@ -97,6 +97,8 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
     )
     from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
+    # Vision towers have thousands of short segments, over which cuDNN's packed backward goes one by one: on an H200
+    # it took 570 of 1,087 ms of a step with 20 images of 448 pixels. Torch's varlen kernel does not.
     qk_norm = TENorm if config.qk_layernorm else IdentityOp
     if is_moe:
         grouped = GroupedMLPSubmodules(
@@ -112,7 +114,7 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
             params={"attn_mask_type": _mask_type(is_causal)},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=TELayerNormColumnParallelLinear,
-                core_attention=te_core_attention(),
+                core_attention=te_core_attention() if is_causal else TorchCoreAttention,
                 linear_proj=TERowParallelLinear,
                 q_layernorm=qk_norm,
                 k_layernorm=qk_norm,

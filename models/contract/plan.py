@@ -125,7 +125,7 @@ def _apply(recipe: Recipe, sections: list[dict[str, dict[str, Any]]]) -> Recipe 
         return None
 
 
-def _if(condition: bool, section: str, **values: Any) -> dict[str, dict[str, Any]] | None:  # noqa: FBT001
+def _if(condition: bool, section: str, **values: Any) -> dict[str, dict[str, Any]] | None:
     return {section: values} if condition else None
 
 

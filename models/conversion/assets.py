@@ -4,7 +4,18 @@
 import shutil
 from pathlib import Path
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".msgpack", ".h5", ".onnx", ".distcp")
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".ckpt",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".distcp",
+)
 
 
 def asset_files(folder: Path) -> list[Path]:

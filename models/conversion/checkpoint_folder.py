@@ -110,18 +110,8 @@ class CheckpointFolder:
 
     def read_bytes(self, file: str, start: int, stop: int) -> torch.Tensor:
         """Bytes `[start, stop)` of a file as a uint8 tensor."""
-        handle = self._handle(file)
         buffer = torch.empty(stop - start, dtype=torch.uint8)
-        view, done = memoryview(buffer.numpy()), 0
-        while done < len(view):
-            count = os.preadv(handle, [view[done:]], start + done)
-            if count == 0:
-                raise WeightMappingError(
-                    "a checkpoint file ended early", where=str(self.folder / file),
-                    expected=f"{stop} bytes", got=f"{start + done} bytes",
-                    fix="the file was cut or replaced while it was read: start again from a complete copy",
-                )  # fmt: skip
-            done += count
+        read_exactly(self._handle(file), memoryview(buffer.numpy()), start, where=self.folder / file)
         return buffer
 
     def _handle(self, file: str) -> int:
@@ -175,7 +165,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightMappingError("the checkpoint index is not valid JSON", where=str(file), got=str(error)) from None
+        raise WeightMappingError(
+            "the checkpoint index is not valid JSON", where=str(file), got=str(error)
+        ) from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     well_formed = isinstance(weight_map, dict) and all(
         isinstance(name, str) and Path(name).name == name for name in weight_map.values()
@@ -189,7 +181,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _check_index(folder: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
-    wrong = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
+    wrong = sorted(
+        name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file
+    )
     extra = sorted(name for name in tensors if name not in weight_map)
     if wrong or extra:
         raise WeightMappingError(
@@ -231,7 +225,9 @@ def _entries(file: Path, parsed: dict[str, Any], base: int) -> Iterator[tuple[st
             dtype, shape = DTYPES[value["dtype"]], tuple(int(extent) for extent in value["shape"])
             start, stop = (int(offset) for offset in value["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _broken(file, f"dtype, shape and data_offsets of '{name}'", f"{value!r:.80} ({error!r})") from None
+            raise _broken(
+                file, f"dtype, shape and data_offsets of '{name}'", f"{value!r:.80} ({error!r})"
+            ) from None
         expected = math.prod(shape) * dtype.itemsize
         if stop - start != expected or any(extent < 0 for extent in shape):
             raise _broken(file, f"{expected} bytes for '{name}' {shape}", f"{stop - start} bytes")
@@ -240,8 +236,26 @@ def _entries(file: Path, parsed: dict[str, Any], base: int) -> Iterator[tuple[st
 
 def _broken(file: Path, expected: str, got: str) -> WeightMappingError:
     return WeightMappingError(
-        "a safetensors file is broken", where=str(file), expected=expected, got=got, fix="download or copy it again"
+        "a safetensors file is broken",
+        where=str(file),
+        expected=expected,
+        got=got,
+        fix="download or copy it again",
     )
+
+
+def read_exactly(handle: int, view: memoryview, start: int, *, where: Path) -> None:
+    """Fill `view` with a file's bytes from `start` on. Raises WeightMappingError if the file ends early."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done:]], start + done)
+        if count == 0:
+            raise WeightMappingError(
+                "a checkpoint file ended early", where=str(where),
+                expected=f"{start + len(view)} bytes", got=f"{start + done} bytes",
+                fix="the file was cut or replaced while it was read: start again from a complete copy",
+            )  # fmt: skip
+        done += count
 
 
 def stamp(file: Path) -> tuple[int, int]:

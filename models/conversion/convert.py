@@ -16,8 +16,15 @@ from models.contract.errors import WeightMappingError
 from models.conversion.assets import copy_assets
 from models.conversion.checkpoint_folder import INDEX_FILE, open_checkpoint, read_index
 from models.conversion.checksums import checksum
-from models.conversion.dcp_folder import RELEASE, TRACKER_FILE, DcpFolder, find_iteration, model_weights, open_dcp
-from models.conversion.job import Job, run_job
+from models.conversion.dcp_folder import (
+    RELEASE,
+    TRACKER_FILE,
+    DcpFolder,
+    find_iteration,
+    model_weights,
+    open_dcp,
+)
+from models.conversion.job import Job, check_target, run_job
 from models.conversion.sinks import (
     COMMON_STATE,
     Advance,
@@ -29,7 +36,15 @@ from models.conversion.sinks import (
     write_sharded,
 )
 from models.conversion.source import Source, check_copies, open_source
-from models.conversion.tensor_source import AsHf, AsMegatron, Joined, TensorSource, TensorSpec, check_megatron_tensors, few
+from models.conversion.tensor_source import (
+    AsHf,
+    AsMegatron,
+    Joined,
+    TensorSource,
+    TensorSpec,
+    check_megatron_tensors,
+    few,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -133,25 +148,53 @@ def write_torch_dist(
     megatron: TensorSource, source: Source, target: Path, options: Options, *, kind: str = "hf-to-megatron"
 ) -> Summary:
     """Write Megatron tensors as a released torch_dist checkpoint."""
+    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    return write_shards_of(megatron, source, target, options, kind=kind, objects=COMMON_STATE, config=config)
+
+
+def write_shards_of(
+    tensors: TensorSource,
+    source: Source,
+    target: Path,
+    options: Options,
+    *,
+    kind: str,
+    objects: Mapping[str, Any],
+    config: dict[str, Any] | None,
+) -> Summary:
+    """Write tensors in torch's sharded format, as `release/` with a tracker file.
+
+    Args:
+        tensors: What to write.
+        source: The HF checkpoint that they come from or that describes them.
+        target: The folder to make.
+        options: How.
+        kind: Name of the conversion.
+        objects: Entries that are not tensors.
+        config: megatron-core's description of the format; None for a plain DCP.
+    """
     job = Job(
         target=target,
-        files=plan_sharded(megatron.specs, RELEASE),
-        identity=_identity(kind, [source.checkpoint.stamps], megatron.specs),
+        files=plan_sharded(tensors.specs, RELEASE),
+        identity=_identity(kind, [source.checkpoint.stamps], tensors.specs),
     )
-    summary = _summary(kind, source, job, len(megatron.specs))
+    summary = _summary(kind, source, job, len(tensors.specs))
     if options.dry_run:
+        check_target(job, restart=options.restart)
         return summary
-    checked = FiniteCheck(megatron, options.finite or options.dtype is torch.float16)
+    checked = FiniteCheck(tensors, options.finite or options.dtype is torch.float16)
     options.on_start(job.num_bytes)
     check_copies(source)
 
     def finish(partial: Path, entries: dict[str, dict[str, Any]]) -> None:
         source.checkpoint.check_unchanged()
         folder = partial / RELEASE
-        write_metadata(folder, megatron.specs, {Path(path).name: entry for path, entry in entries.items()}, COMMON_STATE)
-        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        (folder / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
-        (folder / RECORD_FILE).write_text(json.dumps(_record(summary), indent=2) + "\n", encoding="utf-8")
+        write_metadata(
+            folder, tensors.specs, {Path(path).name: entry for path, entry in entries.items()}, objects
+        )
+        if config is not None:
+            (folder / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
+            (folder / RECORD_FILE).write_text(json.dumps(_record(summary), indent=2) + "\n", encoding="utf-8")
         (partial / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
 
     complete = run_job(
@@ -159,6 +202,25 @@ def write_torch_dist(
         workers=options.workers, share=options.share, restart=options.restart, on_resume=options.advance,
     )  # fmt: skip
     return _ended(summary, complete, checked)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Tensors in another number format."""
+
+    inner: TensorSource
+    specs: dict[str, TensorSpec]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows in that format."""
+        return self.inner.read(name, start, stop).to(self.specs[name].dtype)
+
+
+def cast(tensors: TensorSource, dtype: torch.dtype | None) -> TensorSource:
+    """`tensors` in a number format; None leaves them as they are."""
+    if dtype is None:
+        return tensors
+    return Cast(tensors, {name: TensorSpec(spec.shape, dtype) for name, spec in tensors.specs.items()})
 
 
 def megatron_to_hf(source_folder: Path, target: Path, hf_folder: Path, options: Options) -> Summary:
@@ -209,17 +271,28 @@ class _Only:
 
 
 def write_hf(
-    hf: TensorSource, template: Source, target: Path, options: Options, origin: DcpFolder, *, kind: str = "megatron-to-hf"
+    hf: TensorSource,
+    template: Source,
+    target: Path,
+    options: Options,
+    origin: DcpFolder,
+    *,
+    kind: str = "megatron-to-hf",
 ) -> Summary:
     """Write HF tensors in the template's shards, with its index, config and tokenizer files byte for byte."""
     stored, specs = template.checkpoint, hf.specs
-    files = {file: [name for name, entry in stored.tensors.items() if entry.file == file] for file in stored.files}
+    files = {
+        file: [name for name, entry in stored.tensors.items() if entry.file == file] for file in stored.files
+    }
     same = all(specs[name].dtype == entry.dtype for name, entry in stored.tensors.items())
-    headers = {file: stored.headers[file] if same else make_header(names, specs) for file, names in files.items()}
+    headers = {
+        file: stored.headers[file] if same else make_header(names, specs) for file, names in files.items()
+    }
     identity = _identity(kind, [stored.stamps, origin.stamps], specs)
     job = Job(target=target, files=plan_safetensors(files, specs), identity=identity)
     summary = _summary(kind, template, job, len(specs))
     if options.dry_run:
+        check_target(job, restart=options.restart)
         return summary
     checked = FiniteCheck(hf, options.finite or options.dtype is torch.float16)
     options.on_start(job.num_bytes)
@@ -249,12 +322,16 @@ def _check_written(template: Source, partial: Path) -> None:
             raise WeightMappingError("the result has other tensors than its template", where=str(partial))
         for name in template.untouched:
             if checksum(template.checkpoint, name) != checksum(written, name):
-                raise WeightMappingError("a tensor that training does not touch changed in export", where=name)
+                raise WeightMappingError(
+                    "a tensor that training does not touch changed in export", where=name
+                )
     if template.untouched:
         logger.info("%d untouched tensors are equal to the template's by hash", len(template.untouched))
 
 
-def _identity(kind: str, stamps: list[Mapping[str, tuple[int, int]]], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+def _identity(
+    kind: str, stamps: list[Mapping[str, tuple[int, int]]], specs: Mapping[str, TensorSpec]
+) -> dict[str, Any]:
     tensors = {name: [list(spec.shape), str(spec.dtype)] for name, spec in specs.items()}
     return {"kind": kind, "sources": [dict(part) for part in stamps], "tensors": tensors}
 

@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from models.common.weight_rules import Shape
 from models.contract.errors import WeightMappingError
-from models.conversion.checkpoint_folder import check_stamps, stamp
+from models.conversion.checkpoint_folder import check_stamps, read_exactly, stamp
 from models.conversion.regions import Box, row_box
 from models.conversion.tensor_source import TensorSpec
 
@@ -110,8 +110,15 @@ class DcpFolder:
     def only(self, keep: Callable[[str], bool]) -> "DcpFolder":
         """The same folder with only some of its tensors."""
         names = [name for name in self.specs if keep(name)]
-        specs, chunks = {name: self.specs[name] for name in names}, {name: self.chunks[name] for name in names}
-        return DcpFolder(self.folder, specs, chunks, self.objects, self.stamps, self._handles, self._raw, self._lock)
+        return self.replaced(
+            {name: self.specs[name] for name in names}, {name: self.chunks[name] for name in names}
+        )
+
+    def replaced(self, specs: dict[str, TensorSpec], chunks: dict[str, tuple[Chunk, ...]]) -> "DcpFolder":
+        """The same files with other names for their tensors. It is closed with this one."""
+        return DcpFolder(
+            self.folder, specs, chunks, self.objects, self.stamps, self._handles, self._raw, self._lock
+        )
 
     def check_unchanged(self) -> None:
         """Raise WeightMappingError if a file was replaced or written to since it was opened."""
@@ -120,13 +127,12 @@ class DcpFolder:
     def _chunk_rows(self, name: str, chunk: Chunk, start: int, stop: int) -> torch.Tensor:
         raw = self._raw_data(name, chunk)
         if raw is None:  # an unusual record (a view, a compressed file): let torch read all of it
-            whole = torch.load(io.BytesIO(self._bytes(chunk.file, chunk.offset, chunk.length)), weights_only=True)
+            record = self._bytes(chunk.file, chunk.offset, chunk.length).numpy().tobytes()
+            whole = torch.load(io.BytesIO(record), weights_only=True)
             return whole[start:stop] if chunk.box.size else whole.reshape(1)
         row = math.prod(raw.shape[1:]) * raw.dtype.itemsize
         data = self._bytes(chunk.file, raw.offset + start * row, (stop - start) * row)
-        return torch.frombuffer(data, dtype=raw.dtype).reshape(stop - start, *raw.shape[1:]) if data else torch.empty(
-            (stop - start, *raw.shape[1:]), dtype=raw.dtype
-        )
+        return data.view(raw.dtype).reshape(stop - start, *raw.shape[1:])
 
     def _raw_data(self, name: str, chunk: Chunk) -> RawData | None:
         key = (chunk.file, chunk.offset)
@@ -150,14 +156,9 @@ class DcpFolder:
                 self._handles[file] = os.open(self.folder / file, os.O_RDONLY)
             return self._handles[file]
 
-    def _bytes(self, file: str, start: int, count: int) -> bytearray:
-        handle, data, done = self._handle(file), bytearray(count), 0
-        view = memoryview(data)
-        while done < count:
-            read = os.preadv(handle, [view[done:]], start + done)
-            if read == 0:
-                raise _broken(str(self.folder / file), f"{start + count} bytes", f"{start + done} bytes")
-            done += read
+    def _bytes(self, file: str, start: int, count: int) -> torch.Tensor:
+        data = torch.empty(count, dtype=torch.uint8)
+        read_exactly(self._handle(file), memoryview(data.numpy()), start, where=self.folder / file)
         return data
 
 
@@ -176,10 +177,21 @@ def open_dcp(folder: Path) -> DcpFolder:
     try:
         metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
         entries, storage = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+    ) as error:
         raise _broken(str(file), "checkpoint metadata", str(error) or "a cut-off file") from None
     specs, chunks, objects = {}, {}, []
-    records = {(index.fqn, tuple(index.offset) if index.offset is not None else None): info for index, info in storage.items()}
+    records = {
+        (index.fqn, tuple(index.offset) if index.offset is not None else None): info
+        for index, info in storage.items()
+    }
     stamps = {path.name: stamp(path) for path in sorted(folder.glob("*.distcp"))}
     sizes = {name: size for name, (size, _) in stamps.items()}
     for name, entry in entries.items():
@@ -191,7 +203,9 @@ def open_dcp(folder: Path) -> DcpFolder:
         chunks[name] = tuple(_chunk(name, part, records, sizes, folder) for part in entry.chunks)
         covered = sum(math.prod(chunk.box.size) for chunk in chunks[name])
         if covered != math.prod(specs[name].shape):
-            raise _broken(f"{folder}: {name}", f"{math.prod(specs[name].shape)} elements", f"{covered} in its chunks")
+            raise _broken(
+                f"{folder}: {name}", f"{math.prod(specs[name].shape)} elements", f"{covered} in its chunks"
+            )
     return DcpFolder(folder, specs, chunks, tuple(objects), stamps)
 
 
@@ -245,15 +259,29 @@ def _locate(handle: int, chunk: Chunk, *, where: str) -> RawData | None:
     try:
         with zipfile.ZipFile(window) as archive:
             members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            header = _TensorUnpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
-            info = members.get(f"data/{header.key}") if isinstance(header, _TensorHeader) else None
+        pickled = members["data.pkl"]
+        data = os.pread(handle, pickled.file_size, chunk.offset + _member_data(handle, chunk, pickled))
+        header = _TensorUnpickler(io.BytesIO(data)).load()
+        info = members.get(f"data/{header.key}") if isinstance(header, _TensorHeader) else None
     except (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise _broken(where, "a tensor record", str(error)) from None
     if info is None or info.compress_type != zipfile.ZIP_STORED or not header.is_plain:
         return None
+    start = chunk.offset + _member_data(handle, chunk, info)
+    return RawData(start + header.offset * header.dtype.itemsize, header.dtype, header.shape)
+
+
+def _member_data(handle: int, chunk: Chunk, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes start, from the record's start. `ZipFile.read` would also check the CRC, which
+    torch can leave out.
+    """
     local = os.pread(handle, 30, chunk.offset + info.header_offset)
-    data = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    return RawData(chunk.offset + data + header.offset * header.dtype.itemsize, header.dtype, header.shape)
+    return (
+        info.header_offset
+        + 30
+        + int.from_bytes(local[26:28], "little")
+        + int.from_bytes(local[28:30], "little")
+    )
 
 
 class _Window(io.RawIOBase):
@@ -334,7 +362,9 @@ class _MetadataUnpickler(pickle.Unpickler):
                 return getattr(owner, name)
         if (module, name) in _METADATA_TYPES:
             return _METADATA_TYPES[module, name]
-        if module == "megatron.core.dist_checkpointing.strategies.torch":  # plan details that reading does not need
+        if (
+            module == "megatron.core.dist_checkpointing.strategies.torch"
+        ):  # plan details that reading does not need
             return _Ignored
         raise pickle.UnpicklingError(f"{module}.{name} is not expected in checkpoint metadata")
 
@@ -347,18 +377,19 @@ class _Ignored:
         del state
 
 
-
 _METADATA_TYPES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("collections", "OrderedDict"): OrderedDict,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # noqa: SLF001 - what its pickles name
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("io", "BytesIO"): io.BytesIO,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,  # Python 3.13
     ("builtins", "getattr"): lambda owner, name: getattr(owner, name) if owner in _ENUMS else _refuse(name),
 } | {("torch", str(dtype).removeprefix("torch.")): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2,
 )}  # fmt: skip
-_ENUMS = (dcp_metadata._MEM_FORMAT_ENCODING,)  # noqa: SLF001
+_ENUMS = (dcp_metadata._MEM_FORMAT_ENCODING,)
 
 
 def _refuse(name: str) -> Any:
@@ -367,5 +398,9 @@ def _refuse(name: str) -> Any:
 
 def _broken(where: str, expected: str, got: str) -> WeightMappingError:
     return WeightMappingError(
-        "a sharded checkpoint is broken", where=where, expected=expected, got=got, fix="use a complete checkpoint"
+        "a sharded checkpoint is broken",
+        where=where,
+        expected=expected,
+        got=got,
+        fix="use a complete checkpoint",
     )

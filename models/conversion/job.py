@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a folder of large files so that it appears whole or not at all, and can go on after a kill.
 
-    target                 appears by a rename, when every file was written, read back and compared
-    .target.partial/       next to it, while the work goes on
-      plan.json            what is being written, from what; another plan is refused
-      journal/FILE.json    one entry for each finished file
+target                 appears by a rename, when every file was written, read back and compared
+.target.partial/       next to it, while the work goes on
+  plan.json            what is being written, from what; another plan is refused
+  journal/FILE.json    one entry for each finished file
 """
 
 import contextlib
@@ -92,12 +92,16 @@ def check_target(job: Job, *, restart: bool) -> None:
     """
     if job.target.exists():
         raise ConfigError(
-            "the target exists", where=str(job.target), fix="choose another folder, or remove it: nothing is overwritten"
+            "the target exists",
+            where=str(job.target),
+            fix="choose another folder, or remove it: nothing is overwritten",
         )
     parent = job.target.absolute().parent
     existing = next(path for path in (parent, *parent.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError("the target cannot be written", where=str(existing), fix="choose a folder you may write to")
+        raise ConfigError(
+            "the target cannot be written", where=str(existing), fix="choose a folder you may write to"
+        )
     plan = job.partial / PLAN_FILE
     if not restart and plan.is_file() and _read_plan(plan) != _plan(job):
         raise ConfigError(
@@ -150,7 +154,11 @@ def run_job(
             _write_text(job.partial / PLAN_FILE, json.dumps(_plan(job)))
             done = finished(job)
             on_resume(sum(file.num_bytes for file in job.files if file.path in done))
-            mine = [file for index, file in enumerate(job.files) if index % share[1] == share[0] and file.path not in done]
+            mine = [
+                file
+                for index, file in enumerate(job.files)
+                if index % share[1] == share[0] and file.path not in done
+            ]
             _write_all(job, mine, write, workers)
             return _finish(job, finish)
 
@@ -192,7 +200,9 @@ def _finish(job: Job, finish: Callable[[Path, dict[str, dict[str, Any]]], None])
 
 
 def _plan(job: Job) -> dict[str, Any]:
-    files = [[file.path, [[s.name, s.start, s.stop] for s in file.spans], file.num_bytes] for file in job.files]
+    files = [
+        [file.path, [[s.name, s.start, s.stop] for s in file.spans], file.num_bytes] for file in job.files
+    ]
     return json.loads(json.dumps({"identity": job.identity, "files": files}))
 
 
@@ -211,7 +221,9 @@ def _locked(file: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                "another process is writing this result", where=str(file.parent), fix="wait for it, or stop it"
+                "another process is writing this result",
+                where=str(file.parent),
+                fix="wait for it, or stop it",
             ) from None
         yield
 
@@ -223,7 +235,9 @@ def _reported(job: Job) -> Iterator[None]:
     except HarnessError:
         raise
     except OSError as error:
-        what = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(error.errno or 0)
+        what = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(
+            error.errno or 0
+        )
         raise RunError(
             what or "the result could not be written", where=str(job.partial), got=str(error),
             fix="start again after repair: finished files are kept and not written twice",

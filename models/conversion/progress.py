@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 logger = logging.getLogger(__name__)
 LINE_INTERVAL_S = 10.0
@@ -41,7 +48,12 @@ class ByteLog:
             self.last, rate = now, self.done / (now - self.started)
             left = (self.total - self.done) / max(rate, 1.0)
         logger.info(
-            "%s: %.2f of %.2f GB, %.0f MB/s, %.0f s left", self.title, self.done / 1e9, self.total / 1e9, rate / 1e6, left
+            "%s: %.2f of %.2f GB, %.0f MB/s, %.0f s left",
+            self.title,
+            self.done / 1e9,
+            self.total / 1e9,
+            rate / 1e6,
+            left,
         )
 
 

@@ -23,7 +23,8 @@ class Box:
         """What the two share, or None."""
         start = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
         stop = tuple(
-            min(a + m, b + n) for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True)
+            min(a + m, b + n)
+            for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True)
         )
         if any(low >= high for low, high in zip(start, stop, strict=True)):
             return None
@@ -62,7 +63,31 @@ def read_box(rule: WeightRule, box: Box, read: ReadRows, out: torch.Tensor) -> N
             out[shared.slices(box.start)].copy_(value.reshape(shared.size))
 
 
-def read_hf_rows(rule: WeightRule, source: int, start: int, stop: int, read: ReadRows, dtype: torch.dtype) -> torch.Tensor:
+def read_megatron_rows(
+    rule: WeightRule, start: int, stop: int, read: ReadRows, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows of the rule's Megatron tensor. A tensor that is copied as it is costs no copy in memory.
+
+    Args:
+        rule: What the Megatron tensor is made of.
+        start: First row.
+        stop: Row after the last.
+        read: Reads rows of HF tensors.
+        dtype: Number format of the result.
+    """
+    box = row_box(rule.shape, start, stop)
+    if len(rule.pieces) == 1 and stop <= rule.shape[0]:
+        piece = rule.pieces[0]
+        value = _read_viewed(rule.sources[0], _to_source(piece, box, rule), read)
+        return value.to(dtype).reshape(box.size).contiguous()
+    out = torch.empty(box.size, dtype=dtype)
+    read_box(rule, box, read, out)
+    return out
+
+
+def read_hf_rows(
+    rule: WeightRule, source: int, start: int, stop: int, read: ReadRows, dtype: torch.dtype
+) -> torch.Tensor:
     """Rows of HF tensor number `source` of a rule, as it lies on disk, from the Megatron tensor.
 
     Args:
@@ -76,6 +101,10 @@ def read_hf_rows(rule: WeightRule, source: int, start: int, stop: int, read: Rea
     hf = rule.sources[source]
     rank = len(hf.viewed_shape)
     box = row_box(hf.viewed_shape, start, stop)
+    if len(rule.pieces) == 1:
+        value = read(rule.key, start, stop).to(dtype)
+        value = value.transpose(-1, -2).contiguous() if hf.view == "transposed" else value
+        return value.reshape(stop - start, *hf.shape[1:])
     out = torch.empty(box.size, dtype=dtype)
     for piece in rule.pieces:
         if piece.source != source:
@@ -95,7 +124,9 @@ def _to_source(piece: Piece, shared: Box, rule: WeightRule) -> Box:
     """A part of a piece, from Megatron coordinates to the viewed HF tensor's."""
     rank = len(rule.sources[piece.source].viewed_shape)
     offset = tuple(low - base for low, base in zip(shared.start, piece.target_start, strict=True))[-rank:]
-    return Box(tuple(low + step for low, step in zip(piece.source_start, offset, strict=True)), shared.size[-rank:])
+    return Box(
+        tuple(low + step for low, step in zip(piece.source_start, offset, strict=True)), shared.size[-rank:]
+    )
 
 
 def _to_target(piece: Piece, shared: Box, rank: int) -> Box:

@@ -29,8 +29,9 @@ from models.conversion.dcp_folder import METADATA_FILE
 from models.conversion.job import OutputFile, Span
 from models.conversion.tensor_source import TensorSource, TensorSpec
 
-BLOCK_BYTES = 32 * 2**20
-"""Memory of one block; a thread holds about three of them."""
+BLOCK_BYTES = 8 * 2**20
+"""Memory of one block; a thread holds about three of them. Small enough that the allocator gives the same pages again."""
+READ_BACK_BYTES = 2**20
 FILE_BYTES = 256 * 2**20
 """Size of one file of a sharded checkpoint, so that a killed conversion loses little and several threads have work."""
 COMMON_STATE = {"common_state/shard_0_1": [{}]}
@@ -75,7 +76,9 @@ def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: A
     with path.open("w+b") as stream:
         for span in file.spans:
             tensor = source.read(span.name, span.start, span.stop)
-            tensor = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor.contiguous()
+            tensor = (
+                tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor.contiguous()
+            )
             offset = stream.tell()
             archive = _CheckedStream(stream, path)
             torch.save(tensor, archive)
@@ -87,7 +90,10 @@ def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: A
 
 
 def write_metadata(
-    folder: Path, specs: Mapping[str, TensorSpec], entries: Mapping[str, dict[str, Any]], objects: Mapping[str, Any]
+    folder: Path,
+    specs: Mapping[str, TensorSpec],
+    entries: Mapping[str, dict[str, Any]],
+    objects: Mapping[str, Any],
 ) -> None:
     """Write what makes a folder of chunk files a sharded checkpoint: the objects' file and the metadata.
 
@@ -119,7 +125,9 @@ def write_metadata(
         pickle.dump(metadata, stream)
 
 
-def plan_safetensors(files: Mapping[str, list[str]], specs: Mapping[str, TensorSpec]) -> tuple[OutputFile, ...]:
+def plan_safetensors(
+    files: Mapping[str, list[str]], specs: Mapping[str, TensorSpec]
+) -> tuple[OutputFile, ...]:
     """Files of a safetensors checkpoint, each with its tensors in the order of their bytes."""
     return tuple(
         OutputFile(
@@ -139,7 +147,9 @@ def write_safetensors(
         stream.write(len(header).to_bytes(8, "little") + header)
         for span in file.spans:
             tensor = source.read(span.name, span.start, span.stop)
-            _write_checked(stream, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()), path)
+            _write_checked(
+                stream, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()), path
+            )
             advance(tensor.nbytes)
     return {}
 
@@ -186,13 +196,19 @@ def _write_checked(stream: BinaryIO, data: memoryview, path: Path) -> None:
     start = stream.tell()
     stream.write(data)
     stream.flush()
-    back = np.empty(min(len(data), 4 * 2**20), dtype=np.uint8)
-    expected = np.frombuffer(data, dtype=np.uint8)
-    for begin in range(0, len(data), len(back)):
-        part = expected[begin : begin + len(back)]
-        count = os.preadv(stream.fileno(), [memoryview(back)[: len(part)]], start + begin)
-        if count != len(part) or not np.array_equal(back[: len(part)], part):
+    back = memoryview(bytearray(min(len(data), READ_BACK_BYTES)))
+    for begin in range(0, len(data), READ_BACK_BYTES):
+        part = data[begin : begin + READ_BACK_BYTES]
+        count = os.preadv(stream.fileno(), [back[: len(part)]], start + begin)
+        if count != len(part) or not _same_bytes(part, back[: len(part)]):
             raise RunError(
                 "what was written reads back differently", where=str(path), got=f"a difference after byte {start + begin}",
                 fix="check the disk; nothing was put under the final name",
             )  # fmt: skip
+
+
+def _same_bytes(left: memoryview, right: memoryview) -> bool:
+    """Compare eight bytes at a time; memoryviews compare element by element, forty times slower."""
+    whole = len(left) // 8 * 8
+    a, b = (np.frombuffer(view[:whole], dtype=np.uint64) for view in (left, right))
+    return np.array_equal(a, b) and bytes(left[whole:]) == bytes(right[whole:])

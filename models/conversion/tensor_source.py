@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Anything tensors can be read from by name and rows. A conversion is one of these, written down in some format.
 
-    safetensors folder ─┐                        ┌─▶ as Megatron (table) ─▶ torch_dist
-    DCP folder (HF names) ─┴─▶ HF names ─────────┤
-    torch_dist ─▶ as HF (table) ──┘              └─▶ as HF ─▶ safetensors, DCP
+safetensors folder ─┐                        ┌─▶ as Megatron (table) ─▶ torch_dist
+DCP folder (HF names) ─┴─▶ HF names ─────────┤
+torch_dist ─▶ as HF (table) ──┘              └─▶ as HF ─▶ safetensors, DCP
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import torch
 
 from models.common.weight_rules import Shape, WeightRule
 from models.contract.errors import WeightMappingError
-from models.conversion.regions import read_box, read_hf_rows, row_box
+from models.conversion.regions import read_hf_rows, read_megatron_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,7 @@ class AsMegatron:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a Megatron tensor."""
-        rule = self._rules[name]
-        box = row_box(rule.shape, start, stop)
-        out = torch.empty(box.size, dtype=self.specs[name].dtype)
-        read_box(rule, box, self.hf.read, out)
-        return out
+        return read_megatron_rows(self._rules[name], start, stop, self.hf.read, self.specs[name].dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,9 @@ class AsHf:
     _places: dict[str, tuple[WeightRule, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        places = {source.name: (rule, index) for rule in self.rules for index, source in enumerate(rule.sources)}
+        places = {
+            source.name: (rule, index) for rule in self.rules for index, source in enumerate(rule.sources)
+        }
         places |= {copy.name: (rule, 0) for rule in self.rules for copy in rule.copies}
         object.__setattr__(self, "_places", places)
 

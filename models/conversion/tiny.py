@@ -72,7 +72,7 @@ def write_tiny_checkpoint(
     write_processor_files(partial, family)
     architecture = family_part(family, "config").ModelConfig.from_hf(config)
     shapes = checkpoint_shapes(architecture) | untouched_shapes(config)
-    _write_shards(partial, shapes, filler(init, seed, dtype, architecture.text.num_layers), num_shards)
+    write_shards(partial, shapes, filler(init, seed, dtype, architecture.text.num_layers), num_shards)
     partial.rename(folder)
     return folder
 
@@ -103,8 +103,14 @@ def _scaled(name: str, noise: torch.Tensor, num_layers: int, *, is_plain: bool) 
         return torch.full_like(noise, centre) if is_plain else centre + 0.1 * noise
     if "embed" in name.rsplit(".", 2)[-2] or "lm_head" in name:
         return 0.02 * noise
-    fan_in = math.prod(noise.shape[1:]) if "experts.gate_up" not in name and "experts.down" not in name else noise.shape[1]
-    is_last = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj", "attn.proj.weight", "linear_fc2.weight"))
+    fan_in = (
+        math.prod(noise.shape[1:])
+        if "experts.gate_up" not in name and "experts.down" not in name
+        else noise.shape[1]
+    )
+    is_last = name.endswith(
+        ("o_proj.weight", "down_proj.weight", "down_proj", "attn.proj.weight", "linear_fc2.weight")
+    )
     depth = 2 * num_layers if is_last else 1  # residual branches start small, as in GPT-2
     return noise / math.sqrt(fan_in * depth)
 
@@ -115,7 +121,11 @@ def coded(name: str, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
     The period is a prime, so rows, heads and halves of a tensor differ even where it has more elements than the
     format has numbers (bfloat16: 65,269 values before they repeat).
     """
-    bits = {torch.bfloat16: (torch.int16, 7, 8), torch.float16: (torch.int16, 10, 5), torch.float32: (torch.int32, 23, 8)}
+    bits = {
+        torch.bfloat16: (torch.int16, 7, 8),
+        torch.float16: (torch.int16, 10, 5),
+        torch.float32: (torch.int32, 23, 8),
+    }
     integer, mantissa, exponent = bits[dtype]
     finite = ((1 << exponent) - 1) << mantissa  # patterns of one sign below infinity
     period = {torch.bfloat16: 65_269, torch.float16: 63_487, torch.float32: 16_777_213}[dtype]
@@ -129,7 +139,8 @@ def coded(name: str, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
     return pattern.to(integer).view(dtype).reshape(shape)
 
 
-def _write_shards(folder: Path, shapes: dict[str, Shape], fill: Fill, num_shards: int) -> None:
+def write_shards(folder: Path, shapes: dict[str, Shape], fill: Fill, num_shards: int) -> None:
+    """Write tensors in their order as safetensors shards of about equal size, with the index."""
     total = sum(math.prod(shape) for shape in shapes.values())
     shards: list[list[str]] = [[] for _ in range(num_shards)]
     done = 0

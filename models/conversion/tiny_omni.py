@@ -21,7 +21,9 @@ def _talker(config: dict[str, Any]) -> Shapes:
     shapes: Shapes = {"talker.model.codec_embedding.weight": (vocab, hidden)}
     for layer in range(text["num_hidden_layers"]):
         prefix = f"talker.model.layers.{layer}."
-        shapes |= _attention(prefix, text, with_norms=True) | {f"{prefix}mlp.gate.weight": (text["num_experts"], hidden)}
+        shapes |= _attention(prefix, text, with_norms=True) | {
+            f"{prefix}mlp.gate.weight": (text["num_experts"], hidden)
+        }
         for expert in range(text["num_experts"]):
             shapes |= _mlp(f"{prefix}mlp.experts.{expert}.", hidden, text["moe_intermediate_size"])
         shapes |= _mlp(f"{prefix}mlp.shared_expert.", hidden, text["shared_expert_intermediate_size"])
@@ -49,7 +51,9 @@ def _code2wav(config: dict[str, Any]) -> Shapes:
     text = config | {"head_dim": hidden // config["num_attention_heads"]}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"code2wav.pre_transformer.layers.{layer}."
-        shapes |= _attention(prefix, text, with_norms=False) | _mlp(f"{prefix}mlp.", hidden, config["intermediate_size"])
+        shapes |= _attention(prefix, text, with_norms=False) | _mlp(
+            f"{prefix}mlp.", hidden, config["intermediate_size"]
+        )
         shapes |= {f"{prefix}{part}_layer_scale.scale": (hidden,) for part in ("self_attn", "mlp")}
     shapes |= {"code2wav.pre_transformer.norm.weight": (hidden,)}
     for index, factor in enumerate(config["upsampling_ratios"]):
@@ -57,7 +61,9 @@ def _code2wav(config: dict[str, Any]) -> Shapes:
         shapes |= _conv(f"{prefix}.0.conv", (hidden, hidden, factor), hidden)
         shapes |= {f"{prefix}.1.gamma": (hidden,)} | _conv(f"{prefix}.1.dwconv.conv", (hidden, 1, 7), hidden)
         shapes |= {f"{prefix}.1.norm.{kind}": (hidden,) for kind in ("weight", "bias")}
-        shapes |= _affine(f"{prefix}.1.pwconv1", 4 * hidden, hidden) | _affine(f"{prefix}.1.pwconv2", hidden, 4 * hidden)
+        shapes |= _affine(f"{prefix}.1.pwconv1", 4 * hidden, hidden) | _affine(
+            f"{prefix}.1.pwconv2", hidden, 4 * hidden
+        )
     width = config["decoder_dim"]
     shapes |= _conv("code2wav.decoder.0.conv", (width, hidden, 7), width)
     for index, rate in enumerate(config["upsample_rates"]):
@@ -89,7 +95,9 @@ def _attention(prefix: str, text: dict[str, Any], *, with_norms: bool) -> Shapes
         f"{prefix}input_layernorm.weight": (hidden,),
         f"{prefix}post_attention_layernorm.weight": (hidden,),
     }
-    return shapes | ({f"{prefix}self_attn.{part}_norm.weight": (head,) for part in "qk"} if with_norms else {})
+    return shapes | (
+        {f"{prefix}self_attn.{part}_norm.weight": (head,) for part in "qk"} if with_norms else {}
+    )
 
 
 def _mlp(prefix: str, hidden: int, ffn: int) -> Shapes:

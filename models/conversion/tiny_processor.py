@@ -11,14 +11,12 @@ from tokenizers.models import BPE
 from models.contract.architecture import Family
 from models.conversion.tiny_config import NUM_BPE_TOKENS, PLAIN_ADDED_TOKENS, added_tokens, token_ids
 
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Qwen splits text before byte-pair encoding; a format constant, as transformers' Qwen2Tokenizer has it."""
 
-_COLOURS = "red green blue yellow purple orange white black grey brown pink cyan".split()
-_SHAPES = "circle square triangle bar star cross ring diamond".split()
-_PLACES = "top bottom left right middle top left bottom right center above below beside".split()
+_COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black", "grey", "brown", "pink", "cyan"]
+_SHAPES = ["circle", "square", "triangle", "bar", "star", "cross", "ring", "diamond"]
+_PLACES = ["top", "bottom", "left", "right", "middle", "top", "left", "bottom", "right", "center", "above", "below", "beside"]
 _PHRASES = (
     "You are a helpful assistant.", "You look closely and answer in few words.", "Describe the image.",
     "What is shown?", "Write a short caption.", "What colour is the shape?", "Which shape is it?", "Where is it?",
@@ -96,8 +94,15 @@ def train_tokenizer(family: Family) -> Tokenizer:
 
 
 def _corpus() -> list[str]:
-    lines = [f"A {colour} {shape} at the {place}." for colour in _COLOURS for shape in _SHAPES for place in _PLACES]
-    lines += [f"The {colour} {shape} moves {place}." for colour in _COLOURS for shape in _SHAPES for place in _PLACES]
+    lines = [
+        f"A {colour} {shape} at the {place}." for colour in _COLOURS for shape in _SHAPES for place in _PLACES
+    ]
+    lines += [
+        f"The {colour} {shape} moves {place}."
+        for colour in _COLOURS
+        for shape in _SHAPES
+        for place in _PLACES
+    ]
     return lines + [phrase for phrase in _PHRASES for _ in range(8)]
 
 
@@ -124,7 +129,11 @@ def _tokenizer_config(family: Family, ids: dict[str, int]) -> dict[str, Any]:
         }
         for token, number in ids.items()
     }  # fmt: skip
-    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>"}
+    names = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+    }
     names |= {"vision_eos_token": "<|vision_end|>"}
     if family == "qwen3_omni":
         names |= {

@@ -14,7 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedStateDict,
+    ShardedTensor,
+    apply_factories,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import nn
@@ -30,7 +35,9 @@ def sharding_metadata(groups: ProcessGroupCollection | None = None) -> dict[str,
     return dict(SHARDING_METADATA) if groups is None else SHARDING_METADATA | {"dp_cp_group": groups.dp_cp}
 
 
-def model_state(chunks: Sequence[nn.Module], metadata: dict[str, Any] | None = None) -> dict[str, ShardedStateDict]:
+def model_state(
+    chunks: Sequence[nn.Module], metadata: dict[str, Any] | None = None
+) -> dict[str, ShardedStateDict]:
     """Sharded state of a model's chunks: `model`, or `model0`, `model1` … for virtual pipeline stages."""
     states = {}
     for index, chunk in enumerate(unwrap_model(list(chunks))):
@@ -54,4 +61,3 @@ def sharded_tensors(chunks: Sequence[nn.Module]) -> Iterator[ShardedTensor]:
             yield value
         elif isinstance(value, ShardedBase):
             raise WeightMappingError("the model stores an object among its weights", where=value.key)
-

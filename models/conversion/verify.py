@@ -73,14 +73,21 @@ def verify(
         names = [name for name in a.specs if name in b.specs]
         on_start(sum(a.specs[name].num_bytes for name in names))
         with ThreadPoolExecutor(max_workers=workers) as pool:
-            rows = list(pool.map(lambda name: _compare(name, a, b, padded, cast=cast, advance=advance), names))
+            rows = list(
+                pool.map(lambda name: _compare(name, a, b, padded, cast=cast, advance=advance), names)
+            )
         missing = sorted(a.specs.keys() - b.specs.keys() - declared.keys())
         unexpected = sorted(b.specs.keys() - a.specs.keys() - declared.keys())
         return _report(left, right, rows, missing, unexpected, declared)
 
 
 def _report(
-    left: Path, right: Path, rows: list[TensorRow], missing: list[str], unexpected: list[str], declared: dict[str, str]
+    left: Path,
+    right: Path,
+    rows: list[TensorRow],
+    missing: list[str],
+    unexpected: list[str],
+    declared: dict[str, str],
 ) -> dict[str, Any]:
     different = sorted((row for row in rows if not row.equal), key=lambda row: (-row.num_different, row.name))
     return {
@@ -102,11 +109,21 @@ def _report(
 
 
 def _compare(
-    name: str, a: TensorSource, b: TensorSource, padded: dict[str, int], *, cast: bool, advance: Callable[[int], None]
+    name: str,
+    a: TensorSource,
+    b: TensorSource,
+    padded: dict[str, int],
+    *,
+    cast: bool,
+    advance: Callable[[int], None],
 ) -> TensorRow:
     spec, other = a.specs[name], b.specs[name]
     rows = padded.get(name, spec.num_rows)
-    same_shape = (rows, *spec.shape[1:]) == (rows, *other.shape[1:]) and other.num_rows >= rows and len(spec.shape) == len(other.shape)
+    same_shape = (
+        (rows, *spec.shape[1:]) == (rows, *other.shape[1:])
+        and other.num_rows >= rows
+        and len(spec.shape) == len(other.shape)
+    )
     if name not in padded:
         same_shape = spec.shape == other.shape
     problems = []
@@ -172,13 +189,15 @@ def _open_both(
         sides = [s.checkpoint if isinstance(s, Source) else s for s in opened]
         declared: dict[str, str] = {}
         for source in tables:
-            declared |= {copy.name: f"tied to {rule.sources[0].name}" for rule in source.rules for copy in rule.copies}
+            declared |= {
+                copy.name: f"tied to {rule.sources[0].name}" for rule in source.rules for copy in rule.copies
+            }
         both = {name: why for name, why in declared.items() if not all(name in side.specs for side in sides)}
         yield sides[0], sides[1], both, {}
 
 
 def _declared(table: Source) -> dict[str, str]:
-    kept = {name: "not mapped: export copies it" for name in table.untouched}
+    kept = dict.fromkeys(table.untouched, "not mapped: export copies it")
     return kept | {name: f"tied to {rule.sources[0].name}" for name, rule in table.copies.items()}
 
 
@@ -186,7 +205,8 @@ def _padded(rules: tuple[WeightRule, ...], sides: list[TensorSource]) -> dict[st
     return {
         rule.key: rule.shape[0]
         for rule in rules
-        if rule.pads_rows and any(rule.key in s.specs and s.specs[rule.key].shape != rule.shape for s in sides)
+        if rule.pads_rows
+        and any(rule.key in s.specs and s.specs[rule.key].shape != rule.shape for s in sides)
     }
 
 

@@ -180,9 +180,8 @@ def render_report(result: Inspection, console: Console) -> None:
     """Write the numbers for a person."""
     data = json.loads(json.dumps(result.to_dict()))
     usable = result.num_seen - len(result.broken)
-    console.print(
-        f"{result.folder} [{result.split}]: {result.num_seen} samples, {usable} usable", markup=False
-    )
+    title = f"{result.folder} [{result.split}]: {result.num_seen} samples, {usable} usable"
+    console.print(title, markup=False, soft_wrap=True)
     console.print("media: " + ", ".join(f"{name} {count}" for name, count in sorted(data["media"].items())))
     console.print("turns: " + ", ".join(f"{turns}: {count}" for turns, count in data["turns"].items()))
     table = Table("length", "min", "median", "mean", "p95", "max", "histogram", box=None, pad_edge=False)
@@ -201,9 +200,8 @@ def render_report(result: Inspection, console: Console) -> None:
     if result.broken:
         console.print("broken: " + ", ".join(f"{reason}: {n}" for reason, n in result.reasons.most_common()))
         for entry in result.broken[:20]:
-            console.print(
-                f"  {entry['file']}: {entry['key']}: {entry['reason']} {entry['detail']}", markup=False
-            )
+            line = f"  {entry['file']}: {entry['key']}: {entry['reason']} {entry['detail']}"
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def sparkline(counts: Sequence[int]) -> str:

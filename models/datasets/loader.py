@@ -9,8 +9,9 @@ global batch holds the same samples on one rank and on eight::
     dp = 1    0 1 2 3 4 5 6 7          one rank takes from all
     dp = 2    0 1 2 3 | 4 5 6 7        each takes from its half
 
-Without worker processes all streams of a rank live in this process; with them, each is a process. A sample that
-cannot be used is counted and the same stream is asked again.
+Without worker processes all streams of a rank live in this process; with them, each is a process; the order is the
+same. A sample that cannot be used is counted, and the next stream is asked: from there on another number of ranks
+sees another order.
 """
 
 import logging
@@ -61,6 +62,8 @@ class SkipLedger:
     num_skipped: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
     """Every skipped sample once: file, key, reason, detail."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Skips by reason."""
 
     def accept(self, count: int = 1) -> None:
         """Count used samples."""
@@ -70,6 +73,7 @@ class SkipLedger:
         """Count a skipped sample, and judge."""
         self.num_read += 1
         self.num_skipped += 1
+        self.reasons[rejection.reason] += 1
         entry = rejection.to_dict()
         if entry not in self.samples:
             self.samples.append(entry)
@@ -95,11 +99,10 @@ class SkipLedger:
             )
 
     def _error(self, what: str, expected: str) -> DataError:
-        reasons = Counter(sample["reason"] for sample in self.samples).most_common(3)
         first = self.samples[0]
         return DataError(
             what, where=self.folder, expected=expected,
-            got="; ".join(f"{reason}: {count}" for reason, count in reasons)
+            got="; ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common(3))
             + f"; first: {first['file']}: {first['key']}: {first['detail'] or first['reason']}",
             fix="look at it with `qwen-harness data inspect`, repair it, or raise data.max_skipped_fraction",
         )  # fmt: skip
@@ -140,7 +143,6 @@ class BatchLoader:
                 continue
             self._ledger.accept()
             samples.append(outcome)
-            self._source.advance()
         return self._collate(samples)
 
     def _usable(self, outcomes: list[EncodedSample | Rejection]) -> list[EncodedSample]:
@@ -172,6 +174,7 @@ class BatchLoader:
         return {
             "version": STATE_VERSION, "layout": self._layout, "source": self._source.state(),
             "num_read": ledger.num_read, "num_skipped": ledger.num_skipped, "skipped": ledger.samples,
+            "reasons": dict(ledger.reasons),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,7 +194,7 @@ class BatchLoader:
             )  # fmt: skip
         self._source.restore(state["source"])
         self._ledger.num_read, self._ledger.num_skipped = state["num_read"], state["num_skipped"]
-        self._ledger.samples = list(state["skipped"])
+        self._ledger.samples, self._ledger.reasons = list(state["skipped"]), Counter(state["reasons"])
 
 
 class Streams:
@@ -203,21 +206,18 @@ class Streams:
         self._turn = 0
 
     def next_sample(self) -> EncodedSample | Rejection | list[EncodedSample | Rejection]:
-        """Next outcome of the stream whose turn it is."""
+        """Next outcome of the stream whose turn it is; then it is the next one's, as it is among worker processes."""
         if self._iterators is None:
             self._iterators = [iter(loader) for loader in self._loaders]
+        turn, self._turn = self._turn, (self._turn + 1) % len(self._loaders)
         try:
-            return next(self._iterators[self._turn])["encoded"]
+            return next(self._iterators[turn])["encoded"]
         except StopIteration:
             raise DataError(
                 "a stream ended", where=self._folder, fix="the dataset is empty; prepare it again"
             ) from None
         except FatalSampleError as error:
             raise DataError("the dataset cannot be read", where=self._folder, got=str(error)[:500]) from error
-
-    def advance(self) -> None:
-        """Let the next stream have its turn."""
-        self._turn = (self._turn + 1) % len(self._loaders)
 
     def state(self) -> Any:
         """Plain JSON."""
@@ -247,9 +247,6 @@ class FixedOrder:
         members = self._reader[self._next]
         self._next += self._step
         return self._encoder(members)
-
-    def advance(self) -> None:
-        """Nothing: there is one order."""
 
     def state(self) -> Any:
         """Plain JSON."""

@@ -44,7 +44,8 @@ def decode_image(data: bytes, name: str = "image") -> Image.Image:
 def image_size(data: bytes, name: str = "image") -> tuple[int, int]:
     """Height and width, from the header alone."""
     with _explained(name):
-        width, height = Image.open(io.BytesIO(data)).size
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
         _check_size((width, height), name)
         return height, width
     raise AssertionError("unreachable")

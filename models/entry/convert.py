@@ -19,6 +19,7 @@ from models.common.weight_rules import ExpertLayout
 from models.contract.architecture import FAMILIES, Family
 from models.contract.errors import ConfigError, HarnessError
 from models.conversion import convert as conversions
+from models.conversion import dcp
 from models.conversion.convert import Options, Summary
 from models.conversion.progress import byte_progress
 from models.conversion.tensor_source import few
@@ -28,25 +29,43 @@ from models.conversion.verify import verify as compare
 PROGRAM = os.environ.get("QWEN_HARNESS_PROG", "python -m models.entry.convert")
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help="Convert checkpoints between Hugging Face and Megatron, bit for bit, and compare them.",
+    help="Convert checkpoints between Hugging Face, Megatron and MindSpeed-MM, bit for bit, and compare them.",
 )  # fmt: skip
 DtypeName = Literal["source", "fp32", "bf16", "fp16"]
 DTYPES: dict[DtypeName, torch.dtype | None] = {
     "source": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 }  # fmt: skip
 
-Dtype = Annotated[DtypeName, typer.Option(help="number format of the result; source: as it is in the HF checkpoint")]
+Dtype = Annotated[
+    DtypeName, typer.Option(help="number format of the result; source: as it is in the HF checkpoint")
+]
 Experts = Annotated[
     ExpertLayout | None,
-    typer.Option("--expert-layout", help="how the HF checkpoint stores experts, where shapes cannot tell (H = 2I)"),
+    typer.Option(
+        "--expert-layout", help="how the HF checkpoint stores experts, where shapes cannot tell (H = 2I)"
+    ),
 ]
 Finite = Annotated[bool, typer.Option("--finite", help="refuse NaN and infinity instead of reporting them")]
 Workers = Annotated[int, typer.Option(min=1, help="threads")]
 Share = Annotated[
     str,
-    typer.Option(metavar="K/N", help="write only every N-th file, from the K-th on: one share for each node, same target"),
+    typer.Option(
+        metavar="K/N",
+        help="write only every N-th file, from the K-th on: one share for each node, same target",
+    ),
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="throw a partial result away instead of continuing it")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="throw a partial result away instead of continuing it")
+]
+Template = Annotated[
+    Path,
+    typer.Option("--hf", help="HF checkpoint that training started from: names, shards, config, tokenizer"),
+]
+DcpSource = Annotated[
+    Path, typer.Argument(help="DCP: an iteration's folder, or its parent with the tracker file")
+]
+DcpStyle = Annotated[dcp.Style, typer.Option(help="names: model.model.NAME (2025) or model.NAME (2026)")]
+TieWeight = Annotated[bool, typer.Option("--tie-weight", help="store a tied output layer as well")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
 
 
@@ -72,9 +91,11 @@ def hf_to_megatron(
 
 @app.command()
 def megatron_to_hf(
-    source: Annotated[Path, typer.Argument(help="torch_dist checkpoint: an iteration's folder, its parent, or a run")],
+    source: Annotated[
+        Path, typer.Argument(help="torch_dist checkpoint: an iteration's folder, its parent, or a run")
+    ],
     target: Annotated[Path, typer.Argument(help="folder to make")],
-    hf: Annotated[Path, typer.Option(help="HF checkpoint that training started from: names, shards, config, tokenizer")],
+    hf: Template,
     dtype: Dtype = "source",
     expert_layout: Experts = None,
     finite: Finite = False,
@@ -92,11 +113,107 @@ def megatron_to_hf(
 
 
 @app.command()
+def hf_to_dcp(
+    source: Annotated[Path, typer.Argument(help="HF checkpoint folder")],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    style: DcpStyle = "2025",
+    tie_weight: TieWeight = False,
+    dtype: Dtype = "source",
+    expert_layout: Experts = None,
+    finite: Finite = False,
+    workers: Workers = 2,
+    share: Share = "0/1",
+    restart: Restart = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Convert a HF folder to MindSpeed-MM's DCP.
+
+    Example: convert hf-to-dcp checkpoints/Qwen3-VL-8B checkpoints/Qwen3-VL-8B-dcp --style 2026
+    """
+    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
+    _run(lambda options: dcp.hf_to_dcp(source, target, options, style=style, tie_weight=tie_weight), *flags)
+
+
+@app.command()
+def dcp_to_hf(
+    source: DcpSource,
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    hf: Template,
+    dtype: Dtype = "source",
+    expert_layout: Experts = None,
+    finite: Finite = False,
+    workers: Workers = 2,
+    share: Share = "0/1",
+    restart: Restart = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Convert MindSpeed-MM's DCP to a HF folder with the names, shards and files of another one.
+
+    Example: convert dcp-to-hf save/dir out/8b-tuned --hf checkpoints/Qwen3-VL-8B
+    """
+    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
+    _run(lambda options: dcp.dcp_to_hf(source, target, hf, options), *flags)
+
+
+@app.command()
+def dcp_to_megatron(
+    source: DcpSource,
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    hf: Template,
+    dtype: Dtype = "source",
+    expert_layout: Experts = None,
+    finite: Finite = False,
+    workers: Workers = 2,
+    share: Share = "0/1",
+    restart: Restart = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Convert MindSpeed-MM's DCP to Megatron's torch_dist.
+
+    Example: convert dcp-to-megatron save/dir checkpoints/8b-megatron --hf checkpoints/Qwen3-VL-8B
+    """
+    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
+    _run(lambda options: dcp.dcp_to_megatron(source, target, hf, options), *flags)
+
+
+@app.command()
+def megatron_to_dcp(
+    source: Annotated[
+        Path, typer.Argument(help="torch_dist checkpoint: an iteration's folder, its parent, or a run")
+    ],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    hf: Template,
+    style: DcpStyle = "2025",
+    tie_weight: TieWeight = False,
+    dtype: Dtype = "source",
+    expert_layout: Experts = None,
+    finite: Finite = False,
+    workers: Workers = 2,
+    share: Share = "0/1",
+    restart: Restart = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Convert Megatron's torch_dist to MindSpeed-MM's DCP.
+
+    Example: convert megatron-to-dcp runs/8b out/8b-dcp --hf checkpoints/Qwen3-VL-8B
+    """
+    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
+    _run(
+        lambda options: dcp.megatron_to_dcp(source, target, hf, options, style=style, tie_weight=tie_weight),
+        *flags,
+    )
+
+
+@app.command()
 def verify(
     left: Annotated[Path, typer.Argument(help="what is expected: HF folder or torch_dist checkpoint")],
     right: Annotated[Path, typer.Argument(help="what is checked: HF folder or torch_dist checkpoint")],
-    out: Annotated[Path | None, typer.Option(help="write the JSON report here (a report shows conversion.json)")] = None,
-    cast: Annotated[bool, typer.Option("--cast", help="compare after converting LEFT to RIGHT's number format")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="write the JSON report here (a report shows conversion.json)")
+    ] = None,
+    cast: Annotated[
+        bool, typer.Option("--cast", help="compare after converting LEFT to RIGHT's number format")
+    ] = False,
     expert_layout: Experts = None,
     workers: Workers = 2,
 ) -> None:
@@ -124,9 +241,9 @@ def tiny(
     target: Annotated[Path, typer.Argument(help="folder to make")],
     family: Annotated[Family, typer.Option(help=", ".join(FAMILIES))],
     moe: Annotated[bool, typer.Option("--moe", help="mixture of experts (Qwen3-VL)")] = False,
-    init: Annotated[Init, typer.Option(help="training: learns from scratch; random: for parity; coded: for conversion")] = (
-        "training"
-    ),
+    init: Annotated[
+        Init, typer.Option(help="training: learns from scratch; random: for parity; coded: for conversion")
+    ] = ("training"),
     seed: Annotated[int, typer.Option(help="seed of training and random weights")] = 0,
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="number format")] = "fp32",
 ) -> None:
@@ -142,7 +259,9 @@ def tiny(
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """A comparison in a few lines."""
-    lines = [f"{report['num_equal']} of {report['num_tensors']} tensors are equal ({report['num_bytes'] / 1e9:.3f} GB)"]
+    lines = [
+        f"{report['num_equal']} of {report['num_tensors']} tensors are equal ({report['num_bytes'] / 1e9:.3f} GB)"
+    ]
     lines += [f"different   {row['name']}: {row['detail']}" for row in report["different"][:10]]
     for kind in ("missing", "unexpected", "not_finite"):
         if report[kind]:
@@ -192,13 +311,16 @@ def parse_share(text: str) -> tuple[int, int]:
     first, slash, second = text.partition("/")
     if slash and first.isdigit() and second.isdigit() and int(first) < int(second):
         return int(first), int(second)
-    raise ConfigError("wrong share", where="--share", expected="K/N with 0 <= K < N, for example 0/4", got=text)
+    raise ConfigError(
+        "wrong share", where="--share", expected="K/N with 0 <= K < N, for example 0/4", got=text
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)  # the worker threads are the parallelism
+    torch.serialization.set_crc32_options(False)  # every block is read back and compared instead
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name=PROGRAM)
     except HarnessError as error:
@@ -212,7 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    typer.echo("interrupted: nothing is under the final name; the same command continues where this stopped", err=True)
+    typer.echo(
+        "interrupted: nothing is under the final name; the same command continues where this stopped",
+        err=True,
+    )
     return 130
 
 

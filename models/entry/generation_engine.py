@@ -220,5 +220,5 @@ def _fill(model: Any, source: CheckpointSource) -> None:
     from models.conversion.torch_dist import model_state
 
     state = model_state([model])
-    loaded = dist_checkpointing.load(state, str(source.megatron_folder), strict="raise_all")
+    loaded: Any = dist_checkpointing.load(state, str(source.megatron_folder), strict="raise_all")
     model.load_state_dict(loaded["model"], strict=False)

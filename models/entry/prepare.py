@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -414,17 +413,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns 0, or 1 for an error that is explained, or what typer says for wrong usage."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
-        app(arguments, prog_name="data", standalone_mode=False)
+        app(arguments, prog_name="data")
     except HarnessError as error:
-        console.print(str(error), style="red", highlight=False, markup=False)
+        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
-    except typer.Exit as stop:
-        return stop.exit_code
-    except typer.Abort:
-        return 130
-    except click.ClickException as error:
-        console.print(f"data: {error.format_message()}", style="red", highlight=False, markup=False)
-        return 2
+    except SystemExit as stop:  # how typer ends, well or with its own message about wrong usage
+        return int(stop.code or 0)
     return 0
 
 

@@ -18,12 +18,12 @@ from models.common.sequences import EncodedSample
 from models.contract.architecture import Architecture
 from models.contract.errors import DataError
 from models.contract.families import family_part
-from models.datasets.chat import insert_media, render_chat
+from models.datasets.chat import insert_media
 from models.datasets.sample import Sample
 from models.generation.decoding import decode_media
 from models.generation.request import Answer, GenerationOptions, check_context, check_modalities
 from models.generation.sampling import make_generators, sampling_scores
-from models.generation.tokens import pad_token
+from models.generation.tokens import pad_token, render_prompt
 from models.generation.transformers_engine import OnToken, make_answer
 
 
@@ -91,7 +91,7 @@ def encode_prompt(request: Sample, engine: MegatronEngine, *, blank: bool) -> En
             raise DataError(
                 f"{medium.kind} cannot be used", where=f"{request.key}: {medium.name}", got=str(error)
             ) from None
-    text = render_chat(engine.processor, request.turns, add_generation_prompt=True)
+    text = render_prompt(engine.processor, request)
     text = insert_media(engine.processor, text, items)
     ids = torch.tensor(engine.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
     nothing = torch.zeros_like(ids, dtype=torch.bool)

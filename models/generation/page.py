@@ -18,7 +18,6 @@ from models.datasets.sample import Medium, Sample, SampleRejected
 THUMBNAIL_SIDE = 160
 """Longest side of a picture on the page, in pixels."""
 FILM_STRIP_FRAMES = 6
-STATUS_WORDS = {True: "right", False: "wrong"}
 
 
 def render_page(
@@ -54,7 +53,13 @@ def render_page(
     return environment.get_template("comparison.html").render(
         title=title,
         columns=[
-            {"name": name, "evaluation": evaluation, "scores": score_items(evaluation.items)}
+            {
+                "name": name,
+                "evaluation": evaluation,
+                "scores": score_items(evaluation.items),
+                "checkpoint": short_path(evaluation.checkpoint),
+                "dataset": short_path(evaluation.dataset),
+            }
             for name, evaluation in columns.items()
         ],
         rows=[_row(index, columns, pictures) for index in range(min(max_rows, len(first.items)))],
@@ -91,16 +96,21 @@ def _row(index: int, columns: Mapping[str, Evaluation], pictures: Mapping[str, l
         "kind": items[0].kind,
         # a follow-up question is about the pictures of the row above it
         "pictures": pictures.get(sample_key, []) if int(turn) <= 2 else [],
-        "answers": [
-            {
-                "text": item.answer,
-                "word": STATUS_WORDS[item.is_exact],
-                "f1": item.token_f1,
-                "cut": not item.is_finished,
-            }
-            for item in items
-        ],
+        "answers": [_answer(item) for item in items],
     }
+
+
+def _answer(item: EvaluationItem) -> dict[str, Any]:
+    """What a cell shows. A caption that is not word for word is neither right nor wrong: its F1 says how near it is."""
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in item.answer)
+    note = f"F1 {item.token_f1:.2f}" if item.kind == "caption" else ("right" if item.is_exact else "wrong")
+    word = "right" if item.is_exact else ("partly" if item.kind == "caption" else "wrong")
+    return {"text": text, "word": word, "note": note, "cut": not item.is_finished}
+
+
+def short_path(path: str) -> str:
+    """The last three parts of a path: enough to tell checkpoints apart, and nothing about the machine."""
+    return "/".join(Path(path).parts[-3:]) if Path(path).is_absolute() else path
 
 
 def picture(medium: Medium) -> str:

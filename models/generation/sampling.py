@@ -8,6 +8,7 @@ and on its key, and neither on the batch it was in nor on the engine that ran it
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,13 @@ def sampling_scores(
         return scores
     scores = scores / options.temperature
     ids = torch.empty(scores.shape[0], 0, dtype=torch.long)  # the warpers do not look at it
+    warpers: list[Any] = []
     if options.top_k:
-        scores = TopKLogitsWarper(min(options.top_k, scores.shape[1]))(ids, scores)
+        warpers.append(TopKLogitsWarper(min(options.top_k, scores.shape[1])))
     if options.top_p < 1.0:
-        scores = TopPLogitsWarper(options.top_p)(ids, scores)
+        warpers.append(TopPLogitsWarper(options.top_p))
+    for warper in warpers:
+        scores = warper(ids, scores)
     uniform = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in generators])
     noise = -torch.log(-torch.log(uniform.clamp(min=1e-20)))  # Gumbel(0, 1)
     return scores + noise.to(scores.device)

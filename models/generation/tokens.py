@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from models.contract.errors import ConfigError
+from models.contract.errors import ConfigError, DataError
+from models.datasets.chat import render_chat
+from models.datasets.sample import Sample, SampleRejected
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """Either set makes a tokenizer."""
@@ -55,3 +57,20 @@ def pad_token(processor: Any) -> int:
 def decode_text(processor: Any, token_ids: Sequence[int]) -> str:
     """Text of new tokens without special ones."""
     return processor.tokenizer.decode(list(token_ids), skip_special_tokens=True).strip()
+
+
+def render_prompt(processor: Any, request: Sample) -> str:
+    """Text of a request by the checkpoint's template, up to where the answer begins.
+
+    Raises:
+        DataError: the prompt holds text that would become a special token.
+    """
+    try:
+        return render_chat(processor, request.turns, add_generation_prompt=True)
+    except SampleRejected as error:
+        raise DataError(
+            f"the prompt cannot be used: {error.reason}",
+            where=request.key,
+            got=error.detail,
+            fix="write the prompt as plain text; the chat template adds its own tokens",
+        ) from None

@@ -24,12 +24,11 @@ from models.common.processing import DEFAULT_VIDEO_FPS, DecodedVideo
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
 from models.contract.families import family_part, load_architecture
-from models.datasets.chat import render_chat
 from models.datasets.sample import Sample
 from models.generation.decoding import decode_media
 from models.generation.request import Answer, GenerationOptions, check_context, check_modalities
 from models.generation.sampling import make_generators, sampling_scores
-from models.generation.tokens import decode_text, end_tokens, pad_token
+from models.generation.tokens import decode_text, end_tokens, pad_token, render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ def make_answer(
 def encode_request(request: Sample, processor: Any, *, blank: bool) -> dict[str, Tensor]:
     """Inputs of one request as the checkpoint's own processor makes them, batch size 1."""
     decoded = decode_media(request, processor, blank=blank)
-    text = render_chat(processor, request.turns, add_generation_prompt=True)
+    text = render_prompt(processor, request)
     arguments: dict[str, Any] = {}
     images = [content for medium, content in decoded if medium.kind == "image"]
     videos = [content for _, content in decoded if isinstance(content, DecodedVideo)]
@@ -228,7 +227,7 @@ class _Sampler(LogitsProcessor):
     def __init__(self, generators: Sequence[torch.Generator], options: GenerationOptions) -> None:
         self.generators, self.options = generators, options
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         return sampling_scores(scores, self.generators, self.options)
 
 

@@ -104,7 +104,11 @@ def load(model: MultimodalModel, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def gradient_errors(
-    model: MultimodalModel, reference: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    model: MultimodalModel,
+    reference: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    *,
+    floor: float = 5e-5,
 ) -> dict[str, float]:
     """Relative error of every gradient this rank holds.
 
@@ -112,20 +116,23 @@ def gradient_errors(
         model: The model; its parameters' values are swapped for gradients and put back.
         reference: Global gradients by Megatron key.
         gradients: This rank's gradients by parameter name.
+        floor: Share of the largest gradient that a smaller one is measured against.
 
-    Returns: For every key, the norm of the difference over the norm of the reference, both of this rank's part (the
-    whole tensor's where the part is zero).
+    Returns: For every key, the norm of the difference over the norm of the reference, both of this rank's part. Where
+    the part is next to nothing it is measured against the tensor, and where the tensor is (a key's bias, which the
+    softmax cancels: 1e-9 of rounding in fp32), against `floor`; the smallest real one is 5e-4 of the largest.
     """
     values = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.data = gradients[name].to(values[name].dtype)
     errors: dict[str, float] = {}
+    smallest = floor * max(gradient.norm().item() for gradient in reference.values())
     for part in shards(model):
         wanted = _slice_of(part, reference)
-        # A part can be all but zero (a gradient that cancels): measured against the tensor's own size then.
         whole = reference[part.key]
-        scale = max(wanted.norm().item(), 1e-3 * whole.norm().item(), 1e-9)
-        errors[part.key] = max(errors.get(part.key, 0.0), (part.data - wanted).norm().item() / scale)
+        scale = max(wanted.norm().item(), 1e-3 * whole.norm().item(), smallest)
+        difference = (part.data.to("cpu", torch.float32) - wanted).norm().item()
+        errors[part.key] = max(errors.get(part.key, 0.0), difference / scale)
     for name, parameter in model.named_parameters():
         parameter.data = values[name]
     return errors
@@ -159,27 +166,31 @@ class Comparison:
     num_gradients: int
 
 
-def compare(model: MultimodalModel, batch: Batch, reference: Reference) -> Comparison:
+def compare(
+    model: MultimodalModel, batch: Batch, reference: Reference, *, gradient_floor: float = 5e-5
+) -> Comparison:
     """Run our model on one process and measure it against the reference.
 
     Args:
         model: With the reference's weights, see :func:`load`.
         batch: The reference's micro-batch, with labels.
         reference: From :func:`run_oracle`.
+        gradient_floor: See :func:`gradient_errors`; half precision leaves more rounding behind.
     """
+    on_device = batch.to(next(model.parameters()).device)
     with torch.no_grad():
-        logits = model(dataclasses.replace(batch, labels=None))
+        logits = model(dataclasses.replace(on_device, labels=None)).to("cpu", torch.float32)
     model.zero_grad()
-    losses = model(batch)
+    losses = model(on_device)
     (losses.sum() / batch.num_supervised_tokens).backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not missing, f"no gradient for {missing}: data parallelism would wait for it for ever"
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    errors = gradient_errors(model, reference.gradients, gradients)  # type: ignore[arg-type]
+    errors = gradient_errors(model, reference.gradients, gradients, floor=gradient_floor)  # type: ignore[arg-type]
     worst = max(errors, key=errors.__getitem__)
     return Comparison(
         logits=relative_error(logits, reference.logits, real_positions(batch)),
-        loss=relative_error(losses.detach(), reference.token_losses),
+        loss=relative_error(losses.detach().cpu(), reference.token_losses),
         gradient=errors[worst],
         worst=worst,
         num_gradients=len(errors),

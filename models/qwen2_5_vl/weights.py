@@ -32,7 +32,9 @@ def detect_layout(
     del config, experts  # dense only
     return NameLayout(
         text=detect_prefix(names, ("model.", "model.language_model."), "embed_tokens.weight", what="decoder"),
-        vision=detect_prefix(names, ("visual.", "model.visual."), "patch_embed.proj.weight", what="vision tower"),
+        vision=detect_prefix(
+            names, ("visual.", "model.visual."), "patch_embed.proj.weight", what="vision tower"
+        ),
         lm_head="lm_head.weight",
     )
 
@@ -59,5 +61,7 @@ def vision_rules(vision: VisionArchitecture, prefix: str) -> tuple[WeightRule, .
         rules += linear_rules(f"{key}.mlp.linear_fc2", f"{mlp}.down_proj", (hidden, ffn))
     rules += norm_rules("vision_model.merger.norm.", f"{prefix}merger.ln_q.", hidden, bias=False)
     rules += linear_rules("vision_model.merger.linear_fc1", f"{prefix}merger.mlp.0", (merged, merged))
-    rules += linear_rules("vision_model.merger.linear_fc2", f"{prefix}merger.mlp.2", (vision.out_hidden_size, merged))
+    rules += linear_rules(
+        "vision_model.merger.linear_fc2", f"{prefix}merger.mlp.2", (vision.out_hidden_size, merged)
+    )
     return tuple(rules)

@@ -58,11 +58,16 @@ def audio_rules(audio: AudioArchitecture) -> tuple[WeightRule, ...]:
     for index in (1, 2, 3):
         key, name = f"audio_model.conv2d{index}", f"{AUDIO_PREFIX}conv2d{index}"
         shape = (channels, 1 if index == 1 else channels, 3, 3)
-        rules += [copy(f"{key}.weight", f"{name}.weight", shape), copy(f"{key}.bias", f"{name}.bias", (channels,))]
+        rules += [
+            copy(f"{key}.weight", f"{name}.weight", shape),
+            copy(f"{key}.bias", f"{name}.bias", (channels,)),
+        ]
     mel = audio.num_mel_bins
     for _ in range(3):  # each convolution halves the mel axis, rounding up
         mel = (mel + 1) // 2
-    rules.append(copy("audio_model.conv_out.weight", f"{AUDIO_PREFIX}conv_out.weight", (width, channels * mel)))
+    rules.append(
+        copy("audio_model.conv_out.weight", f"{AUDIO_PREFIX}conv_out.weight", (width, channels * mel))
+    )
     for layer in range(audio.num_layers):
         key, name = f"audio_model.layers.{layer}", f"{AUDIO_PREFIX}layers.{layer}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):

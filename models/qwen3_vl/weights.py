@@ -13,7 +13,9 @@ from models.common.weight_tables import (
 )
 from models.qwen3_vl.config import ModelConfig
 
-HUB = NameLayout(text="model.language_model.", vision="model.visual.", lm_head="lm_head.weight", experts="fused")
+HUB = NameLayout(
+    text="model.language_model.", vision="model.visual.", lm_head="lm_head.weight", experts="fused"
+)
 UNTOUCHED: tuple[str, ...] = ()
 """Prefixes of tensors that no table maps and export copies from the source."""
 

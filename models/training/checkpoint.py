@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from models.contract.errors import ConfigError, RunError
 from models.contract.recipe import Recipe
 from models.training.engine import Engine
@@ -95,7 +97,7 @@ class Saver:
         def write() -> None:
             self._engine.save(partial, with_optimizer=state.has_optimizer, is_async=self._is_async)
 
-        for action in (prepare, describe, write):
+        for action in (prepare, write, describe):
             self._together(partial, action)
         self._pending = (partial, final)
         if not self._is_async:
@@ -136,7 +138,7 @@ class Saver:
         try:
             action()
             problem = None
-        except (OSError, EOFError, RuntimeError) as error:
+        except (OSError, EOFError, RuntimeError, CheckpointException) as error:
             problem = f"rank {self._engine.ranks.rank}: {error!r}"
         problems = [text for text in self._engine.ranks.exchange(problem) if text]
         if problems:

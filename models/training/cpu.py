@@ -209,6 +209,14 @@ def expert_split_sizes(replace: Replace) -> None:
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_cpu)
 
 
+def router_without_compiler(replace: Replace) -> None:
+    """One small method of the router goes through torch.compile, which on a CPU calls a C++ compiler for seconds."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    compiled = TopKRouter._apply_expert_bias
+    replace(TopKRouter, "_apply_expert_bias", getattr(compiled, "_torchdynamo_orig_callable", compiled))
+
+
 PATCHES: tuple[Callable[[Replace], None], ...] = (
     cuda_device_literals,
     current_device_is_cpu,
@@ -217,4 +225,5 @@ PATCHES: tuple[Callable[[Replace], None], ...] = (
     streams_and_events,
     random_states,
     expert_split_sizes,
+    router_without_compiler,
 )

@@ -91,4 +91,3 @@ def mean_loss(parts: list[LossSums]) -> float:
     """Global loss from the parts of the ranks that count; not a number when nothing was supervised."""
     denominator = sum(part.denominator for part in parts)
     return sum(part.loss for part in parts) / denominator if denominator else math.nan
-

@@ -32,6 +32,7 @@ def evaluate(run: Run, watchdog: Watchdog) -> float:
         raise DataError(
             "the held-out set does not fill one micro-batch of every rank",
             where=recipe.data.eval_dataset or recipe.data.dataset,
-            expected=f"at least {per_call} samples", fix="lower eval_samples or add held-out samples",
+            expected=f"at least {per_call} samples",
+            fix="lower eval_samples or add held-out samples",
         )
     return mean_loss([sums for parts in everyone for sums in parts])

@@ -25,7 +25,7 @@ from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe
 from models.training import random_state
 from models.training.engine import LossSums, UpdateResult
-from models.training.hf_inputs import hf_inputs
+from models.training.hf_inputs import hf_inputs, with_blank_image
 from models.training.loss import loss_weights
 from models.training.optimizer import build_scheduler
 from models.training.parallel import LauncherEnvironment, Ranks, start_data_parallel
@@ -45,20 +45,22 @@ class Fsdp2Engine:
     def forward_backward(
         self, batches: list[Batch], *, denominator: float, num_padded_tokens: int
     ) -> LossSums:
-        """Gradients of one global batch; summed, not averaged, over ranks."""
+        """Gradients of one global batch."""
         self.discard()
         sums: list[Tensor] = []
         for index, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(index == len(batches) - 1)  # type: ignore[operator]
             loss = self._loss(batch)
-            (loss / denominator).backward()
+            (loss * (self.ranks.dp_size / denominator)).backward()  # fully_shard averages over ranks
             sums.append(loss.detach().double())
         return self._sums(sums, batches)
 
     @torch.no_grad()
     def update(self) -> UpdateResult:
         """Clip, step the optimizer and the schedule."""
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         norm = nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         grad_norm = float(norm)
@@ -140,7 +142,7 @@ class Fsdp2Engine:
 
     def _loss(self, batch: Batch) -> Tensor:
         """Weighted sum of token losses of one micro-batch."""
-        batch = batch.to(self.ranks.device)
+        batch = with_blank_image(batch.to(self.ranks.device), self.architecture)
         assert batch.labels is not None
         logits = self.model(**hf_inputs(batch, self.architecture)).logits  # [b, s, v]
         token_losses = F.cross_entropy(
@@ -214,20 +216,28 @@ def build_sharded(recipe: Recipe, folder: Path, ranks: Ranks) -> nn.Module:
     buffers: dict[str, Tensor] = {}
     if ranks.rank == 0:
         source = (
-            AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+            AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="sdpa"
+            )
             if recipe.model.init == "checkpoint"
-            else AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            else AutoModelForImageTextToText.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa"
+            )
         )
         whole, buffers = source.state_dict(), dict(source.named_buffers())
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa"
+        )
     freeze(model, recipe)
     if recipe.precision.recompute == "full":
         model.gradient_checkpointing_enable()
     shard(model, recipe)
     offloads = recipe.optimizer.cpu_offload_fraction > 0
     model.to_empty(device="cpu" if offloads else ranks.device)
-    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloads)
+    options = dcp_state.StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloads
+    )
     dcp_state.set_model_state_dict(model, whole, options=options)
     for name, buffer in model.named_buffers():  # rotary frequencies are in no checkpoint
         on_device = (buffers[name] if ranks.rank == 0 else torch.empty_like(buffer)).to(ranks.device)
@@ -250,15 +260,16 @@ def shard(model: nn.Module, recipe: Recipe) -> None:
         for layer, following in zip(stack, list(stack)[1:], strict=False):
             layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
     fully_shard(model, mp_policy=policy, offload_policy=offload)
-    for module in model.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
-            module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
 
 
 def _is_stack(modules: nn.ModuleList) -> bool:
     """Layers of one tower: more than one module, all of one class, with attention inside."""
     kinds = {type(module) for module in modules}
-    return len(modules) > 1 and len(kinds) == 1 and any("attn" in name for name, _ in modules[0].named_children())
+    return (
+        len(modules) > 1
+        and len(kinds) == 1
+        and any("attn" in name for name, _ in modules[0].named_children())
+    )
 
 
 def part_of(name: str) -> str:

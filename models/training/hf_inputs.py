@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our micro-batch in the words of a transformers model's ``forward``."""
 
+import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from models.common.batch import Batch
+from models.common.batch import IGNORED_LABEL, Batch
 from models.contract.architecture import Architecture
 from models.contract.errors import ShapeError
 
@@ -23,7 +23,7 @@ def hf_inputs(batch: Batch, architecture: Architecture) -> dict[str, Any]:
     """
     if batch.cu_seqlens is not None:
         raise ShapeError("a packed micro-batch has no transformers form", fix="set data.packing = false")
-    b, s = batch.input_ids.shape
+    s = batch.input_ids.shape[1]
     lengths = torch.tensor(batch.sample_lengths, device=batch.input_ids.device)
     positions = torch.arange(s, device=batch.input_ids.device)
     inputs: dict[str, Any] = {
@@ -33,22 +33,34 @@ def hf_inputs(batch: Batch, architecture: Architecture) -> dict[str, Any]:
         "use_cache": False,
     }
     if batch.pixel_values is not None and batch.grid_thw is not None:
-        is_video = video_items(batch, architecture)
-        patches = batch.grid_thw.prod(dim=1)  # [i]
-        of_patch = is_video.repeat_interleave(patches).to(batch.pixel_values.device)  # [p]
-        for kind, wanted in (("image", ~is_video), ("video", is_video)):
-            if wanted.any():
-                name = "pixel_values" if kind == "image" else "pixel_values_videos"
-                inputs[name] = batch.pixel_values[of_patch if kind == "video" else ~of_patch]
-                inputs[f"{kind}_grid_thw"] = batch.grid_thw[wanted].to(batch.input_ids.device)
+        # Videos go as images, in reading order: positions are given, the tower does not tell them apart, and it then
+        # runs once a micro-batch on every rank, which a sharded tower needs.
+        is_video = batch.input_ids == architecture.tokens.video
+        inputs["input_ids"] = batch.input_ids.masked_fill(is_video, architecture.tokens.image)
+        inputs["pixel_values"] = batch.pixel_values
+        inputs["image_grid_thw"] = batch.grid_thw.to(batch.input_ids.device)
     return inputs
 
 
-def video_items(batch: Batch, architecture: Architecture) -> Tensor:
-    """Which visual items of the batch are videos, [i] bool on the CPU: told by their first placeholder."""
-    assert batch.grid_thw is not None
-    assert batch.vision_positions is not None
-    merged = batch.grid_thw.prod(dim=1) // architecture.vision.spatial_merge_size**2  # [i]
-    first = (merged.cumsum(0) - merged).to(batch.vision_positions.device)
-    ids = batch.input_ids.reshape(-1)[batch.vision_positions[first]]
-    return (ids == architecture.tokens.video).cpu()
+def with_blank_image(batch: Batch, architecture: Architecture) -> Batch:
+    """Add a row that holds one blank picture and no label to a micro-batch without pictures.
+
+    A sharded vision tower gathers its parameters on every rank at once: a rank that sees no picture must run it too.
+    """
+    if batch.pixel_values is not None or batch.labels is None:
+        return batch
+    vision, tokens = architecture.vision, architecture.tokens
+    _, s = batch.input_ids.shape
+    row = batch.input_ids.new_zeros(1, s)
+    row[0, :3] = torch.tensor([tokens.vision_start, tokens.image, tokens.vision_end])
+    merge = vision.spatial_merge_size
+    return dataclasses.replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, row]),
+        labels=torch.cat([batch.labels, torch.full_like(row, IGNORED_LABEL)]),
+        position_ids=torch.cat([batch.position_ids, batch.position_ids.new_zeros(3, 1, s)], dim=1),
+        pixel_values=torch.zeros(merge**2, vision.patch_dim, device=row.device),
+        grid_thw=torch.tensor([[1, merge, merge]]),
+        vision_positions=torch.tensor([batch.input_ids.numel() + 1], device=row.device),
+        sample_lengths=(*batch.sample_lengths, 3),
+    )

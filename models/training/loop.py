@@ -137,7 +137,8 @@ def handle_non_finite(run: Run, loss: float, update: UpdateResult, keys: list[st
         path.write_text(json.dumps(to_json_number(facts), indent=1) + "\n", encoding="utf-8")
     if run.recipe.train.non_finite == "stop":
         raise RunError(
-            "loss or gradient is not finite", where=f"iteration {iteration}",
+            "loss or gradient is not finite",
+            where=f"iteration {iteration}",
             got=f"lm_loss = {loss}, grad_norm = {update.grad_norm}",
             fix=f"look at the samples listed in {path.name}; non_finite = 'skip' goes on without them",
         )

@@ -39,7 +39,9 @@ OPTIMIZER_SHARDING = {"data": "dp_reshardable", "any": "fully_reshardable"}
 class MegatronEngine:
     """See :class:`models.training.engine.Engine`."""
 
-    def __init__(self, recipe: Recipe, architecture: Architecture, ranks: Ranks, patches: tuple[str, ...]) -> None:
+    def __init__(
+        self, recipe: Recipe, architecture: Architecture, ranks: Ranks, patches: tuple[str, ...]
+    ) -> None:
         optimizers.check_optimizer(recipe, ranks.device)
         self.recipe, self.ranks, self.patches = recipe, ranks, patches
         self.modules = build_chunks(recipe, architecture, ranks)
@@ -161,7 +163,9 @@ class MegatronEngine:
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": self.ranks.groups.dp_cp,
         }
-        models = {name: module.sharded_state_dict(metadata=metadata) for name, module in self._named_modules()}
+        models = {
+            name: module.sharded_state_dict(metadata=metadata) for name, module in self._named_modules()
+        }
         state: dict[str, Any] = dict(models)
         if with_optimizer:
             whole = models["model"] if len(models) == 1 else models

@@ -52,7 +52,9 @@ class BatchCounts:
             counts.num_padded_tokens += rows * length
             counts.num_real_tokens += batch.num_real_tokens
             counts.num_supervised_tokens += batch.num_supervised_tokens
-            counts.num_vision_tokens += 0 if batch.vision_positions is None else batch.vision_positions.numel()
+            counts.num_vision_tokens += (
+                0 if batch.vision_positions is None else batch.vision_positions.numel()
+            )
             counts.num_images += batch.num_images
             counts.num_videos += batch.num_videos
             counts.num_audios += batch.num_audios
@@ -129,7 +131,10 @@ class Recorder:
         """Write one step."""
         append_metrics(self.directory, row)
         self._window.append(row)
-        if row.iteration % self.recipe.train.log_interval == 0 or row.iteration == self.recipe.train.train_iters:
+        if (
+            row.iteration % self.recipe.train.log_interval == 0
+            or row.iteration == self.recipe.train.train_iters
+        ):
             self.note(log_line(self._window, self.recipe.train.train_iters, self.world_size))
             self._window.clear()
         if self._progress is not None:

@@ -68,32 +68,41 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
     where = f"recipe {recipe.name}: [optimizer]"
     if device.type != "cuda" and settings.use_precision_aware_optimizer:
         raise ConfigError(
-            "use_precision_aware_optimizer needs TransformerEngine's AdamW", where=where,
-            expected="a CUDA device", got=device.type, fix="set it to false on this machine",
+            "use_precision_aware_optimizer needs TransformerEngine's AdamW",
+            where=where,
+            expected="a CUDA device",
+            got=device.type,
+            fix="set it to false on this machine",
         )
     if settings.use_precision_aware_optimizer and not settings.use_distributed_optimizer:
         raise ConfigError(
-            "use_precision_aware_optimizer needs use_distributed_optimizer", where=where,
+            "use_precision_aware_optimizer needs use_distributed_optimizer",
+            where=where,
             fix="set use_distributed_optimizer = true",
         )
     if device.type == "cpu" and settings.cpu_offload_fraction > 0:
         raise ConfigError(
-            "cpu_offload_fraction has no effect on a CPU", where=where,
-            got=f"cpu_offload_fraction = {settings.cpu_offload_fraction}", fix="set it to 0 on this machine",
+            "cpu_offload_fraction has no effect on a CPU",
+            where=where,
+            got=f"cpu_offload_fraction = {settings.cpu_offload_fraction}",
+            fix="set it to 0 on this machine",
         )
     if settings.min_lr > settings.lr:
         raise ConfigError("min_lr is larger than lr", where=where, got=f"{settings.min_lr} > {settings.lr}")
     if settings.lr_warmup_iters >= recipe.lr_decay_iters:
         raise ConfigError(
-            "warmup does not end before the decay does", where=where,
-            expected=f"lr_warmup_iters < {recipe.lr_decay_iters}", got=str(settings.lr_warmup_iters),
+            "warmup does not end before the decay does",
+            where=where,
+            expected=f"lr_warmup_iters < {recipe.lr_decay_iters}",
+            got=str(settings.lr_warmup_iters),
         )
     if parallel.overlap_param_gather and not (
         parallel.overlap_grad_reduce and settings.use_distributed_optimizer
     ):
         raise ConfigError(
             "overlap_param_gather needs overlap_grad_reduce and use_distributed_optimizer",
-            where=f"recipe {recipe.name}: [parallel]", fix="switch both on, or overlap_param_gather off",
+            where=f"recipe {recipe.name}: [parallel]",
+            fix="switch both on, or overlap_param_gather off",
         )
 
 

@@ -80,8 +80,10 @@ def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> La
     missing = [name for name in LAUNCHER_VARIABLES if name not in present]
     if missing:
         raise ConfigError(
-            "incomplete launcher environment", where="environment variables",
-            expected=", ".join(LAUNCHER_VARIABLES), got=f"missing {', '.join(missing)}",
+            "incomplete launcher environment",
+            where="environment variables",
+            expected=", ".join(LAUNCHER_VARIABLES),
+            got=f"missing {', '.join(missing)}",
             fix="start with `python -m torch.distributed.run …`, or unset RANK and WORLD_SIZE for one process",
         )
     try:
@@ -89,12 +91,15 @@ def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> La
         int(environment["MASTER_PORT"])
     except ValueError as error:
         raise ConfigError(
-            "launcher variable is not a number", where="environment variables",
-            expected="RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT as integers", got=str(error),
+            "launcher variable is not a number",
+            where="environment variables",
+            expected="RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT as integers",
+            got=str(error),
         ) from None
     if not 0 <= rank < world_size or local_rank < 0:
         raise ConfigError(
-            "launcher variables contradict each other", where="environment variables",
+            "launcher variables contradict each other",
+            where="environment variables",
             expected="0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0",
             got=f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank}",
         )
@@ -112,7 +117,8 @@ def pick_device(local_rank: int) -> torch.device:
         if backend is not None and backend.is_available():
             if local_rank >= backend.device_count():
                 raise ConfigError(
-                    "more processes than devices", where=f"LOCAL_RANK={local_rank}",
+                    "more processes than devices",
+                    where=f"LOCAL_RANK={local_rank}",
                     expected=f"at most {backend.device_count()} processes on this node",
                     fix="lower --nproc-per-node or make more devices visible",
                 )
@@ -129,8 +135,10 @@ def start_distributed(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_
     """
     if launcher.world_size != recipe.num_processes:
         raise ConfigError(
-            "wrong number of processes", where=f"recipe {recipe.name}: num_processes",
-            expected=str(recipe.num_processes), got=f"WORLD_SIZE={launcher.world_size}",
+            "wrong number of processes",
+            where=f"recipe {recipe.name}: num_processes",
+            expected=str(recipe.num_processes),
+            got=f"WORLD_SIZE={launcher.world_size}",
             fix="start as many processes as the recipe names, or change num_processes",
         )
     device = pick_device(launcher.local_rank)

@@ -49,8 +49,10 @@ class Progress:
         expected = self.expected_digests.get(self.iteration, digest)
         if digest != expected:
             raise RunError(
-                "the resumed run sees other samples than the first one did", where=f"iteration {self.iteration}",
-                expected=expected, got=digest,
+                "the resumed run sees other samples than the first one did",
+                where=f"iteration {self.iteration}",
+                expected=expected,
+                got=digest,
                 fix="check that the dataset and num_processes are unchanged, or start a new run",
             )
         return digest
@@ -93,9 +95,7 @@ def restore(recipe: Recipe, directory: Path, engine: Engine, loader: Any) -> Pro
     if state is None or folder is None:
         return Progress(expected_digests=dropped)
     _check_ledger(state.sample_digests, kept, folder)
-    engine.load(
-        folder, with_optimizer=state.has_optimizer, same_layout=state.layout == ranks.layout
-    )
+    engine.load(folder, with_optimizer=state.has_optimizer, same_layout=state.layout == ranks.layout)
     loader.load_state_dict(checkpoints.read_loader_state(folder, ranks.dp_rank, ranks.dp_size))
     return Progress(
         iteration=state.iteration,
@@ -123,6 +123,9 @@ def _check_ledger(saved: list[str], kept: dict[int, str], folder: Path) -> None:
     for iteration, digest in kept.items():
         if saved[iteration - 1] != digest:
             raise RunError(
-                "metrics and checkpoint disagree about the samples", where=f"{folder}, iteration {iteration}",
-                expected=saved[iteration - 1], got=digest, fix="one of them was edited; start a new run",
+                "metrics and checkpoint disagree about the samples",
+                where=f"{folder}, iteration {iteration}",
+                expected=saved[iteration - 1],
+                got=digest,
+                fix="one of them was edited; start a new run",
             )

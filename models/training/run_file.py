@@ -38,7 +38,8 @@ def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resu
     """
     if (directory / RUN_FILE).exists() and not is_resume:
         raise ConfigError(
-            "the run directory already holds a run", where=str(directory),
+            "the run directory already holds a run",
+            where=str(directory),
             expected="a new or empty folder",
             fix="choose another --run-dir, or pass --resume to go on from its last checkpoint",
         )

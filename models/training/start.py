@@ -48,7 +48,9 @@ def train(recipe: Recipe, site: Site, directory: Path, options: TrainOptions) ->
         info = claim_directory(directory, recipe, world_size=world_size, is_resume=options.is_resume)
 
     def on_hang(message: str) -> None:
-        record_failure(directory, launcher.rank, RunError(message, fix="look for the rank whose stack differs"))
+        record_failure(
+            directory, launcher.rank, RunError(message, fix="look for the rank whose stack differs")
+        )
 
     with (
         failures_recorded(directory, launcher.rank),

@@ -7,11 +7,8 @@ A control is a recipe that differs from another of this suite in ``data.blank_im
 from collections.abc import Callable
 
 from harness.cases import Case, cases_of_folder
-from harness.report.numbers import end_loss
+from harness.report.numbers import CONTROL_RATIO, end_loss
 from harness.session import CaseResult
-
-MIN_RATIO = 1.15
-"""Blanked over seen, mean of the last 50 iterations."""
 
 
 def select_case(case: Case) -> bool:
@@ -36,4 +33,4 @@ def test_blanked_images_cost_loss(
     assert sound_run.graded is not None
     assert seen.graded is not None
     with_images, blanked = end_loss(seen.graded.record.series), end_loss(sound_run.graded.record.series)
-    assert blanked > MIN_RATIO * with_images, f"blanked {blanked:.4f}, with images {with_images:.4f}"
+    assert blanked > CONTROL_RATIO * with_images, f"blanked {blanked:.4f}, with images {with_images:.4f}"

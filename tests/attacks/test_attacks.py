@@ -214,13 +214,24 @@ def test_unsound_run_info_is_invalid(
     assert grade(record, baseline, policy).name == "INVALID"
 
 
-def test_death_before_training_is_infra(tmp_path: Path, baseline: Baseline, policy: Policy) -> None:
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        ("rank 0: Traceback\ntorch.distributed.DistNetworkError: refused", "INFRA_ERROR"),
+        ("rank 0: ConfigError: the recipe is wrong", "INVALID"),
+        ("rank 0: Traceback\nValueError: shapes differ", "INVALID"),
+    ],
+    ids=["network", "ours", "code"],
+)
+def test_only_the_machine_makes_an_infra_error(
+    error: str, name: str, tmp_path: Path, baseline: Baseline, policy: Policy
+) -> None:
     def died(info: RunInfo) -> RunInfo:
-        info.outcome.status, info.outcome.phase, info.outcome.error = "failed", "startup", "NCCL error"
+        info.outcome.status, info.outcome.phase, info.outcome.error = "failed", "startup", error
         return info
 
     write_synthetic_run(tmp_path / "run", CANDIDATE, change_rows=lambda rows: [], change_info=died)
-    assert grade(load_record(tmp_path / "run"), baseline, policy).name == "INFRA_ERROR"
+    assert grade(load_record(tmp_path / "run"), baseline, policy).name == name
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ OPTIONS = {
     ],
     "compare": ["--gate", "--json", "--policy"],
     "report": ["--output", "--title", "-o"],
+    "smoke": ["--output", "--run-root", "--site", "-o"],
     "convert": [],
     "data": [],
     "generate": [],

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from harness.hardware import HARDWARE, Probe, check_claim, classify, hardware_class, parse_npu_smi, probe_host
+from harness.devices import HARDWARE, classify, hardware_class
+from harness.hardware import Probe, check_claim, parse_npu_smi, probe_host
 from models.contract.errors import ConfigError, EnvironmentMismatch
 
 H20 = Probe(kind="cuda", device_name="NVIDIA H20", device_count=8, memory_bytes=96 * 2**30)

@@ -67,7 +67,9 @@ def test_experts_stacks_every_layout_to_the_same_tensor(layout) -> None:
         "fused_transposed": {"x.gate_up_proj": expected},
         "per_expert": {f"x.{e}.{n}.weight": t[e] for e in range(E) for n, t in (("gate", gate), ("up", up))},
     }[layout]
-    rule = experts("k", "x.", ("gate", "up"), "gate_up_proj", layout=layout, num_experts=E, out_features=I, in_features=H)
+    rule = experts(
+        "k", "x.", ("gate", "up"), "gate_up_proj", layout=layout, num_experts=E, out_features=I, in_features=H
+    )
     check_table([rule])
     out = torch.empty(rule.shape)
     read_box(rule, row_box(rule.shape, 0, E), lambda name, a, b: stored[name][a:b], out)

@@ -94,7 +94,9 @@ def empty_model(step: dict, layout: dict) -> list[torch.nn.Module]:
 
 
 def parameters(chunks: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
-    return {f"{i}.{name}": p.detach() for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+    return {
+        f"{i}.{name}": p.detach() for i, chunk in enumerate(chunks) for name, p in chunk.named_parameters()
+    }
 
 
 if __name__ == "__main__":

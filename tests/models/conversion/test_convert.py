@@ -28,7 +28,9 @@ OTHER_SHARD = "model-00002-of-00002.safetensors"
 def coded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("coded")
     return {
-        kind: write_tiny_checkpoint(folder / f"{kind[0]}-{kind[1]}", kind[0], moe=kind[1], init="coded", dtype=torch.bfloat16)
+        kind: write_tiny_checkpoint(
+            folder / f"{kind[0]}-{kind[1]}", kind[0], moe=kind[1], init="coded", dtype=torch.bfloat16
+        )
         for kind in KINDS
     }
 
@@ -52,9 +54,9 @@ def edit(file: Path, change) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0]}-{'moe' if kind[1] else 'dense'}")
-@pytest.mark.parametrize("workers", [1, 3])
-def test_round_trip_gives_the_same_bytes(coded, tmp_path, kind, workers, monkeypatch) -> None:
-    monkeypatch.setattr(sinks, "BLOCK_BYTES", 2**12)  # cut every tensor, and use several files
+def test_round_trip_gives_the_same_bytes(coded, tmp_path, kind, monkeypatch) -> None:
+    workers = 1 if kind == KINDS[0] else 3
+    monkeypatch.setattr(sinks, "BLOCK_BYTES", 2**14)  # cut every tensor, and use several files
     monkeypatch.setattr(sinks, "FILE_BYTES", 2**19)
     summary = hf_to_megatron(coded[kind], tmp_path / "megatron", Options(workers=workers))
     assert summary.complete
@@ -103,13 +105,24 @@ def test_dtype_converts_values(tmp_path, dtype) -> None:
         for name, tensor in before.items():
             assert torch.equal(after[name], tensor.to(dtype)), name
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    total = sum(tensor.nbytes for shard in (SHARD, OTHER_SHARD) for tensor in load_file(tmp_path / "hf" / shard).values())
+    total = sum(
+        tensor.nbytes
+        for shard in (SHARD, OTHER_SHARD)
+        for tensor in load_file(tmp_path / "hf" / shard).values()
+    )
     assert index["metadata"]["total_size"] == total
 
 
 def test_overflow_in_fp16_is_refused(tmp_path) -> None:
     source = write_tiny_checkpoint(tmp_path / "s", "qwen2_5_vl", init="random")
-    edit(source / SHARD, lambda tensors: tensors["model.norm.weight" if "model.norm.weight" in tensors else next(iter(tensors))].view(-1)[:1].fill_(1e6))
+    edit(
+        source / SHARD,
+        lambda tensors: (
+            tensors["model.norm.weight" if "model.norm.weight" in tensors else next(iter(tensors))]
+            .view(-1)[:1]
+            .fill_(1e6)
+        ),
+    )
     with pytest.raises(WeightMappingError, match="not finite"):
         hf_to_megatron(source, tmp_path / "m", Options(dtype=torch.float16))
     assert not (tmp_path / "m").exists()
@@ -196,12 +209,14 @@ def index_outside(folder: Path) -> None:
 BROKEN = {
     drop_shard: "files are missing", cut_shard: "safetensors file is broken", cut_header: "safetensors file is broken",
     drop_tensor: "1 missing", drop_tensor_not_index: "index and the files disagree", add_tensor: "1 unexpected: extra.weight",
-    bend_tensor: "1 wrong shape", other_family: "cannot tell where", unknown_model: "unknown architecture",
+    bend_tensor: "1 wrong shape", other_family: "does not fit its config.json", unknown_model: "unknown architecture",
     half_config: "not valid JSON", half_index: "index is not valid JSON", index_outside: "no usable weight_map",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("break_it", "words"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("break_it", "words"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", "")
+)
 def test_broken_source_is_refused_before_anything_is_written(source, tmp_path, break_it, words) -> None:
     break_it(source)
     with pytest.raises(HarnessError, match=words):
@@ -210,7 +225,10 @@ def test_broken_source_is_refused_before_anything_is_written(source, tmp_path, b
 
 
 def test_not_finite_is_reported_and_refused_on_demand(source, tmp_path) -> None:
-    edit(source / SHARD, lambda tensors: next(t for t in tensors.values() if t.dim() == 2)[1, 1].fill_(float("nan")))
+    edit(
+        source / SHARD,
+        lambda tensors: next(t for t in tensors.values() if t.dim() == 2)[1, 1].fill_(float("nan")),
+    )
     assert len(hf_to_megatron(source, tmp_path / "m", Options()).not_finite) == 1
     with pytest.raises(WeightMappingError, match="not finite"):
         hf_to_megatron(source, tmp_path / "m2", Options(finite=True))

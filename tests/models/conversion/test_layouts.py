@@ -36,7 +36,13 @@ FOUR = [
         (DENSE, ({"tp": 4}, {"tp": 2, "pp": 2}, {"pp": 4}, {"pp": 2, "vpp": 2})),
         (
             MOE,
-            ({"tp": 4}, {"ep": 4}, {"tp": 2, "pp": 2, "ep": 2, "etp": 1}, {"ep": 2, "etp": 2}, {"tp": 2, "ep": 4, "etp": 1}),
+            (
+                {"tp": 4},
+                {"ep": 4},
+                {"tp": 2, "pp": 2, "ep": 2, "etp": 1},
+                {"ep": 2, "etp": 2},
+                {"tp": 2, "ep": 4, "etp": 1},
+            ),
         ),
     )
     for kind in kinds
@@ -74,16 +80,29 @@ def run_layouts(tmp_path: Path, num_processes: int, cases: list) -> None:
         )
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(steps))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={num_processes}",
+    ]
     result = subprocess.run(
         [*launcher, str(WORKER), str(plan)],
         cwd=REPOSITORY,
-        env={"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "PYTHONWARNINGS": "ignore"},
+        env={
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "PATH": "/usr/bin:/bin",
+            "PYTHONWARNINGS": "ignore",
+        },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 0, "\n".join(line for line in result.stderr.splitlines() if not line.startswith("  warnings"))[-9000:]
+    assert result.returncode == 0, "\n".join(
+        line for line in result.stderr.splitlines() if not line.startswith("  warnings")
+    )[-9000:]
     for index, step in enumerate(steps):
         exported = tmp_path / f"exported-{index}"
         megatron_to_hf(Path(step["save"]), exported, Path(step["hf"]), Options())

@@ -62,7 +62,7 @@ def test_order_follows_from_the_seed(make):
 
 
 def test_one_pass_sees_every_sample_once(make):
-    seen = [key for batch in keys(make(), 48) for key in batch]
+    seen = [key for batch in keys(make(shuffle_buffer_size=1), 48) for key in batch]
     assert len(seen) == 96
     assert len(set(seen)) == 96
 
@@ -80,7 +80,10 @@ def test_global_batch_is_the_same_for_every_micro_batch_size(make):
 
 
 def test_ranks_never_share_a_sample_in_one_pass(make):
-    seen = [{key for batch in keys(make(rank=rank, size=4), 12) for key in batch} for rank in range(4)]
+    seen = [
+        {key for batch in keys(make(rank=rank, size=4, shuffle_buffer_size=1), 12) for key in batch}
+        for rank in range(4)
+    ]
     assert sum(len(part) for part in seen) == len(set.union(*seen)) == 96
 
 
@@ -164,7 +167,7 @@ def test_bad_samples_are_skipped_counted_and_named(make, tmp_path):
     text_only = [i for i, (_, members) in enumerate(scenes(60)) if len(members) == 1]
     broken = [i for i in (3, 17, 40) if i not in text_only]
     folder = write(tmp_path / "data", corrupted(60, broken))
-    loader = make(dataset=folder, mbs=1, gbs=4, max_skipped_fraction=0.2)
+    loader = make(dataset=folder, mbs=1, gbs=4, max_skipped_fraction=0.2, shuffle_buffer_size=1)
     seen = {key for batch in keys(loader, 57) for key in batch}
     assert len(seen) == 60 - len(broken)
     assert {(s["key"], s["file"]) for s in loader.skipped} == {

@@ -104,7 +104,7 @@ def test_a_wrong_position_of_new_tokens_is_noticed(
 def test_tokens_are_streamed_as_they_come(reference: Opened, native: Opened, requests: list[Sample]) -> None:
     for engine in (reference, native):
         seen: list[int] = []
-        (answer,) = engine.generate(requests[:1], GREEDY, on_token=lambda new: seen.extend(new))  # noqa: B023
+        (answer,) = engine.generate(requests[:1], GREEDY, on_token=seen.extend)
         assert tuple(seen) == answer.token_ids
 
 
@@ -152,7 +152,9 @@ def test_a_checkpoint_without_tokenizer_is_refused(folder: Path, tmp_path: Path)
         locate(str(copy), hf_folder=None, site=Site())
 
 
-def test_end_token_stops_an_answer(folder: Path, reference: Opened, requests: list[Sample], tmp_path: Path) -> None:
+def test_end_token_stops_an_answer(
+    folder: Path, reference: Opened, requests: list[Sample], tmp_path: Path
+) -> None:
     (plain,) = reference.generate(requests[:1], GREEDY)
     stop = plain.token_ids[2]
     copy = shutil.copytree(folder, tmp_path / "copy")

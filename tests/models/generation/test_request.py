@@ -56,7 +56,9 @@ def test_request_takes_a_folder_of_frames_in_name_order(tmp_path: Path) -> None:
 
 def test_read_requests_resolves_paths_beside_the_file(picture: Path) -> None:
     file = picture.with_name("ask.jsonl")
-    file.write_text(json.dumps({"prompt": "What?", "images": ["a.jpg"], "key": "k"}) + "\n\n{\"prompt\": \"Hi\"}\n")
+    file.write_text(
+        json.dumps({"prompt": "What?", "images": ["a.jpg"], "key": "k"}) + '\n\n{"prompt": "Hi"}\n'
+    )
     first, second = read_requests(file)
     assert (first.key, first.media[0].name, second.key) == ("k", str(picture), "000003")
 
@@ -65,7 +67,7 @@ def test_read_requests_resolves_paths_beside_the_file(picture: Path) -> None:
 def test_read_requests_names_a_bad_line(tmp_path: Path, line: str) -> None:
     file = tmp_path / "ask.jsonl"
     file.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError, match="ask.jsonl:2"):
+    with pytest.raises(DataError, match=r"ask\.jsonl:2"):
         list(read_requests(file))
 
 
@@ -87,7 +89,9 @@ def test_context_check_leaves_room_for_one_token() -> None:
         check_context(request, 10, 10)
 
 
-@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_k", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_k", -1)]
+)
 def test_options_refuse_what_is_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name} is out of range"):
         GenerationOptions(**{name: value})

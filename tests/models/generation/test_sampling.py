@@ -38,7 +38,9 @@ def test_draws_follow_from_seed_and_key_alone() -> None:
     options = GenerationOptions(temperature=1.0, seed=3)
     keys = [str(index) for index in range(40)]
     together = sampling_scores(LOGITS.expand(40, -1), make_generators(keys, 3), options).argmax(dim=-1)
-    alone = [sampling_scores(LOGITS[None], make_generators([key], 3), options).argmax().item() for key in keys]
+    alone = [
+        sampling_scores(LOGITS[None], make_generators([key], 3), options).argmax().item() for key in keys
+    ]
     assert together.tolist() == alone
     other = sampling_scores(LOGITS.expand(40, -1), make_generators(keys, 4), options).argmax(dim=-1)
     assert together.tolist() != other.tolist()

@@ -25,7 +25,11 @@ def test_table_and_untouched_have_every_tensor_of_transformers(hf_shapes) -> Non
     for name, shape in expected.items():
         if name.endswith("gate_up_proj"):
             stem = name.removesuffix("gate_up_proj")
-            halves = [(mine | untouched)[f"{stem}{e}.{part}_proj.weight"] for e in range(shape[0]) for part in ("gate", "up")]
+            halves = [
+                (mine | untouched)[f"{stem}{e}.{part}_proj.weight"]
+                for e in range(shape[0])
+                for part in ("gate", "up")
+            ]
             assert set(halves) == {(shape[1] // 2, shape[2])}
 
 

@@ -23,7 +23,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     (root / "datasets").mkdir()
     write_tiny_checkpoint(root / "checkpoints" / "tiny-qwen2_5_vl", "qwen2_5_vl")
     write_tiny_checkpoint(root / "checkpoints" / "tiny-qwen3_vl", "qwen3_vl")
-    splits = {"train": [("train", index) for index in range(64)], "val": [("val", index) for index in range(16)]}
+    splits = {
+        "train": [("train", index) for index in range(64)],
+        "val": [("val", index) for index in range(16)],
+    }
     write_dataset(root / "datasets" / "scenes", splits, ConvertScene("scenes", 0), about={}, shard_size=16)
     return Site(
         checkpoints=str(root / "checkpoints"), datasets=str(root / "datasets"), scratch=str(root / "scratch")

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import pytest
+import torch
+
+from models.common.settings import resolve_attention_backend, settings_from_recipe
+from models.contract.errors import ConfigError
+from models.contract.recipe import Recipe, parse_recipe
+
+
+def recipe(**sections: dict[str, Any]) -> Recipe:
+    data: dict[str, Any] = {
+        "name": "case",
+        "model": {"family": "qwen3_vl", "checkpoint": "x"},
+        "data": {"dataset": "x", "seq_length": 64},
+        "train": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
+        "optimizer": {"lr": 1e-5},
+    }
+    return parse_recipe({key: data.get(key, {}) | sections.get(key, {}) if key != "name" else "case"
+                         for key in data | sections}, where="test")  # fmt: skip
+
+
+def test_settings_carry_the_recipe_over() -> None:
+    settings = settings_from_recipe(
+        recipe(precision={"dtype": "fp16", "recompute": "full"}, data={"padding": "longest"}), device="cpu"
+    )
+    assert settings.dtype == torch.float16
+    assert settings.recompute == "full"
+    assert settings.variable_seq_lengths
+    assert settings.attention_backend == "torch"
+
+
+def test_fp8_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fp8 needs a GPU"):
+        settings_from_recipe(recipe(precision={"fp8": "tensorwise"}), device="cpu")
+
+
+def test_te_on_a_cpu_is_refused_and_auto_takes_torch() -> None:
+    assert resolve_attention_backend("auto", "cpu") == "torch"
+    with pytest.raises(ConfigError, match="attention_backend 'te' cannot run here") as error:
+        resolve_attention_backend("te", "cpu")
+    assert "use attention_backend = 'torch' or 'auto'" in str(error.value)

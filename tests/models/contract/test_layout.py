@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every rule of a layout refuses what breaks it, by name, and lets the published layouts through."""
+
+from typing import Any
+
+import pytest
+
+from models.contract.families import published_architecture
+from models.contract.layout import check_layout, sequence_multiple
+from models.contract.recipe import Recipe, parse_recipe
+
+
+def recipe(**sections: Any) -> Recipe:
+    data: dict[str, Any] = {
+        "name": "case",
+        "num_processes": 8,
+        "model": {"family": "qwen3_vl", "checkpoint": "x"},
+        "data": {"dataset": "x", "seq_length": 4096},
+        "train": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 64},
+        "optimizer": {"lr": 1e-5},
+    }
+    for name, section in sections.items():
+        data[name] = (data.get(name, {}) | section) if isinstance(section, dict) else section
+    return parse_recipe(data, where="test")
+
+
+def rules(size: str, **sections: Any) -> list[str]:
+    return [
+        f"{problem.where}: {problem.rule}"
+        for problem in check_layout(published_architecture(size), recipe(**sections))
+    ]
+
+
+TP8 = {"tensor_model_parallel_size": 8}
+PP2 = {"pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel"),
+    [
+        ("qwen2_5_vl_7b", {}),
+        ("qwen2_5_vl_7b", {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
+        ("qwen3_vl_8b", TP8 | {"sequence_parallel": True}),
+        ("qwen3_vl_8b", PP2 | {"num_layers_in_first_pipeline_stage": 14}),
+        ("qwen3_vl_8b", {"context_parallel_size": 8}),
+        ("qwen3_vl_30b_a3b", {"expert_model_parallel_size": 8}),
+        ("qwen3_vl_235b_a22b", {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4}),
+        ("qwen3_omni_30b_a3b", {"tensor_model_parallel_size": 4, "sequence_parallel": True,
+                                "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
+    ],
+)  # fmt: skip
+def test_layouts_that_divide_pass(size: str, parallel: dict[str, Any]) -> None:
+    assert rules(size, parallel=parallel) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "sections", "rule"),
+    [
+        ("qwen2_5_vl_7b", {"parallel": TP8}, "num_attention_heads must be a multiple"),
+        ("qwen2_5_vl_3b", {"parallel": {"tensor_model_parallel_size": 4}}, "num_query_groups must be a multiple"),
+        ("qwen2_5_vl_3b", {"parallel": TP8}, "vision tower's ffn_hidden_size must be a multiple"),
+        ("qwen3_vl_8b", {"parallel": {"sequence_parallel": True}}, "needs at least two"),
+        ("qwen3_vl_30b_a3b", {"parallel": {"tensor_model_parallel_size": 2}}, "needs sequence_parallel"),
+        ("qwen3_vl_8b", {"parallel": {"pipeline_model_parallel_size": 8}}, "must divide over the other stages"),
+        ("qwen3_vl_8b", {"parallel": {"num_layers_in_first_pipeline_stage": 3}}, "needs a pipeline"),
+        ("qwen3_vl_8b", {"parallel": PP2 | {"num_layers_in_first_pipeline_stage": 36}}, "must divide over"),
+        ("qwen3_vl_8b", {"parallel": PP2 | {"num_layers_in_first_pipeline_stage": 0}}, "at least one layer"),
+        ("qwen3_vl_8b", {"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "virtual stages need a pipeline"),
+        ("qwen3_vl_8b", {"parallel": PP2 | {"virtual_pipeline_model_parallel_size": 4}}, "layers of a stage must be"),
+        ("qwen3_vl_8b", {"parallel": PP2 | {"virtual_pipeline_model_parallel_size": 9}}, "deepstack levels"),
+        ("qwen3_vl_8b", {"parallel": PP2 | {"virtual_pipeline_model_parallel_size": 2},
+                         "data": {"packing": True}}, "rows of one length"),
+        ("qwen3_vl_8b", {"parallel": PP2 | {"virtual_pipeline_model_parallel_size": 2},
+                         "train": {"global_batch_size": 4}}, "number of micro-batches"),
+        ("qwen3_vl_8b", {"parallel": {"context_parallel_size": 8}, "data": {"seq_length": 4100}}, "seq_length must be"),
+        ("qwen3_vl_8b", {"parallel": {"expert_model_parallel_size": 2}}, "needs a mixture of experts"),
+        ("qwen3_vl_30b_a3b", {"num_processes": 6, "parallel": {"expert_model_parallel_size": 6},
+                              "train": {"global_batch_size": 6}}, "number of experts must be a multiple"),
+        ("qwen3_vl_30b_a3b", {"num_processes": 4, "parallel": {"expert_model_parallel_size": 8}}, "etp * ep * pp"),
+        ("qwen3_vl_8b", {"precision": {"fp8": "tensorwise"}, "data": {"seq_length": 4088}}, "padded tokens of a rank"),
+        ("qwen3_vl_8b", {"model": {"num_layers": 2}}, "num_layers must hold the deepstack levels"),
+        ("qwen3_vl_8b", {"model": {"freeze": ["audio"]}}, "only a model with an audio tower"),
+        ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "parallel": TP8}, "fsdp2 engine"),
+    ],
+)  # fmt: skip
+def test_broken_rule_is_named(size: str, sections: dict[str, Any], rule: str) -> None:
+    found = rules(size, **sections)
+    assert any(rule in line for line in found), found
+
+
+def test_all_problems_come_at_once() -> None:
+    found = rules(
+        "qwen2_5_vl_7b", parallel=TP8 | {"expert_model_parallel_size": 2}, data={"seq_length": 4097}
+    )
+    assert len(found) >= 3
+
+
+def test_problem_reads_as_one_line() -> None:
+    [problem] = check_layout(
+        published_architecture("qwen3_vl_8b"),
+        recipe(data={"seq_length": 4100}, parallel={"context_parallel_size": 8}),
+    )
+    assert str(problem) == (
+        "data.seq_length: seq_length must be a multiple of what sequence and context parallelism cut it into "
+        "(got 4100, pieces 16; use 4112)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "multiple"),
+    [({}, 1), ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 4), ({"context_parallel_size": 2}, 4),
+     ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 4}, 8)],
+)  # fmt: skip
+def test_sequence_multiple(parallel: dict[str, Any], multiple: int) -> None:
+    assert sequence_multiple(recipe(parallel=parallel)) == multiple
