@@ -34,7 +34,9 @@ def _tiny(family: str, *flags: str) -> Steps:
 
 
 def _drawn(preset: str) -> Steps:
-    return lambda path: [["models.entry.prepare", "synth", "--preset", preset, "--output", str(path)]]
+    # 500 steps of eight samples then meet no scene twice: what is learnt is looking, not the list
+    size = ["--train", "5000", "--workers", "2"]
+    return lambda path: [["models.entry.prepare", "synth", "--preset", preset, *size, "--output", str(path)]]
 
 
 def _photographs(path: Path) -> list[list[str]]:

@@ -14,7 +14,7 @@ from harness.gates.memory import memory
 from harness.gates.pairing import Pairing, pair
 from harness.gates.plausibility import plausibility
 from harness.gates.sanity import sanity
-from harness.gates.throughput import published_throughput, throughput
+from harness.gates.throughput import published_arithmetic, published_throughput, throughput
 from harness.gates.trajectory import drift, shape
 from harness.launch import classify_failure
 from harness.policy import Policy
@@ -126,7 +126,8 @@ def compare(
 
 def _environment(record: RunRecord, claimed: str | None, probed: str | None) -> list[GateResult]:
     """A claim that the run's own probe contradicts."""
-    if claimed is None or record.info is None or claimed == probed:
+    # A run that died before its first iteration may not have looked at its machine yet.
+    if claimed is None or record.info is None or claimed == probed or record.series.empty:
         return []
     name = device_name(record) or "an unnamed device"
     text = f"{claimed} was asked for, the run's probe found {probed or 'no known class'} ({name})"
@@ -174,6 +175,7 @@ def _published_gates(
 ) -> list[GateResult]:
     return [
         literal(record, baseline, policy, blocks=mode == "literal"),
+        published_arithmetic(record, baseline),
         published_throughput(record, baseline, policy),
     ]
 

@@ -18,6 +18,7 @@ from harness.session import BASELINES
 from models.contract.errors import HarnessError
 from models.contract.families import load_architecture
 from models.contract.flops import megatron_flops
+from models.contract.layout import check_layout
 from models.contract.site import Site
 
 ASSUMED_SHARE_OF_PEAK = 0.4
@@ -38,6 +39,8 @@ class PlannedCase:
     """`baseline`, `estimate`, or why there is none."""
     disk_gib: float | None
     missing: tuple[str, ...]
+    refused: tuple[str, ...]
+    """Rules that the layout breaks for this model; empty where the checkpoint is not here to ask."""
     runs_here: bool
 
 
@@ -60,6 +63,7 @@ def plan_case(
             f"{item.kind} '{item.name}' at {item.path}: " + ("made on the spot" if maker(item) else item.fix)
             for item in missing
         ),
+        refused=_refused(case, site),
         runs_here=probe.has(case.hardware),
     )
 
@@ -80,9 +84,18 @@ def plan_text(cases: list[Case], site: Site, *, baselines: Path = BASELINES) -> 
             f"  command:      {shlex.join(row.command)}",
         ]
         lines += [f"  missing:      {text}" for text in row.missing]
+        lines += [f"  refused:      {text}" for text in row.refused]
     known = [row.device_hours for row in planned if row.device_hours is not None]
     lines += ["", f"total: {sum(known):.2f} device-hours over {len(known)} of {len(planned)} cases"]
     return "\n".join(lines)
+
+
+def _refused(case: Case, site: Site) -> tuple[str, ...]:
+    try:
+        architecture = load_architecture(site.checkpoint(case.recipe.model.checkpoint))
+    except HarnessError:
+        return ()
+    return tuple(str(problem) for problem in check_layout(architecture, case.recipe))
 
 
 def _step_time(case: Case, site: Site, baselines: Path) -> tuple[float | None, str]:

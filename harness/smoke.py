@@ -32,7 +32,7 @@ COMPARED = ("convergence/tiny_qwen3_vl@cpu", "convergence/tiny_qwen2_5_vl@cpu")
 CASES = (*COMPARED, "convergence/tiny_qwen3_vl_blank@cpu", PHOTOGRAPHS)
 CONVERTED = ("qwen3_vl", "qwen2_5_vl")
 JOBS = 2
-TIME_BUDGET_S = 300.0
+TIME_BUDGET_S = 600.0
 NUM_SHOWN = 8
 
 

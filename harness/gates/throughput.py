@@ -10,9 +10,9 @@ import numpy as np
 
 from harness import statistics
 from harness.calibration import steady_rows
-from harness.records.record import REPORTED_TOKENS
+from harness.records.record import REPORTED_TFLOPS, REPORTED_TOKENS
 from harness.verdict import GateResult, GateStatus
-from models.contract.flops import tokens_per_second_per_gpu
+from models.contract.flops import tflops_per_gpu, tokens_per_second_per_gpu
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from harness.baselines.schema import Baseline
     from harness.policy import Policy, ThroughputLimits
     from harness.records.record import RunRecord
+
+ARITHMETIC_TOLERANCE = 0.1
+"""TFLOP/s/GPU; logs print one decimal."""
 
 
 def throughput(
@@ -95,6 +98,36 @@ def published_throughput(record: RunRecord, baseline: Baseline, policy: Policy) 
         ),
         effect=ours / reference - 1.0,
         details={"token_basis": "padded"},
+    )
+
+
+def published_arithmetic(record: RunRecord, baseline: Baseline) -> GateResult:
+    """Whether printed rates follow from the printed step times by the published formula. Never blocks."""
+    facts = baseline.facts
+    names = ("flops_per_padded_token", "global_batch_size", "seq_length", "implied_world_size")
+    if not all(name in facts for name in names) or not record.has(REPORTED_TFLOPS):
+        return GateResult(
+            gate="arithmetic", status="not_run", blocks=False, summary="no printed TFLOP/s to recompute"
+        )
+    tokens = facts["global_batch_size"] * facts["seq_length"]
+    times, world_size = record.values("step_time_ms"), facts["implied_world_size"]
+    tflops = np.array(
+        [
+            tflops_per_gpu(facts["flops_per_padded_token"] * tokens, step_time_ms=ms, world_size=world_size)
+            for ms in times
+        ]
+    )
+    largest = float(np.nanmax(np.abs(tflops - record.values(REPORTED_TFLOPS))))
+    return GateResult(
+        gate="arithmetic",
+        status="pass" if largest <= ARITHMETIC_TOLERANCE else "warn",
+        blocks=False,
+        summary=(
+            f"TFLOP/s/GPU recomputed from step times by {facts.get('flops_formula_id')} on {world_size} devices: "
+            f"{', '.join(f'{value:.1f}' for value in tflops[:4])}{', …' if len(tflops) > 4 else ''}; "
+            f"largest difference from what is printed {largest:.2f}"
+        ),
+        details={"recomputed_tflops": [float(value) for value in tflops], "unit": "TFLOP/s/GPU"},
     )
 
 

@@ -9,7 +9,6 @@ samples, with a device synchronisation for each), and the core alone knows about
     te      TransformerEngine's fused or flash kernels, packed as `thd`
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,9 +128,9 @@ class TorchCoreAttention(MegatronModule):
             rows = (t.transpose(0, 1) for t in (query, key, value))
             out = sdpa(*rows, scale=self.softmax_scale, is_causal=self.is_causal).transpose(0, 1)
         else:
-            rows = (t.squeeze(1) for t in (query, key, value))
+            query, key, value = (t.squeeze(1) for t in (query, key, value))  # [t, n, d]
             out = packed_attention(
-                *rows, packed_seq_params, is_causal=self.is_causal, scale=self.softmax_scale
+                query, key, value, packed_seq_params, is_causal=self.is_causal, scale=self.softmax_scale
             ).unsqueeze(1)
         return out.reshape(*out.shape[:2], -1)
 
@@ -236,7 +235,7 @@ def te_core_attention() -> type[torch.nn.Module]:
     class TECoreAttention(TEDotProductAttention):
         """Hands packed rows to TransformerEngine as `thd` ([t, n, d])."""
 
-        def forward(
+        def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - splits are for inference
             self,
             query: Tensor,
             key: Tensor,
@@ -250,12 +249,11 @@ def te_core_attention() -> type[torch.nn.Module]:
             if packed_seq_params is None:
                 return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
             thd = PackedSeqParams(
-                **{
-                    field.name: getattr(packed_seq_params, field.name)
-                    for field in dataclasses.fields(PackedSeqParams)
-                    if field.init
-                }
-                | {"qkv_format": "thd"}
+                qkv_format="thd",
+                cu_seqlens_q=packed_seq_params.cu_seqlens_q,
+                cu_seqlens_kv=packed_seq_params.cu_seqlens_kv,
+                max_seqlen_q=packed_seq_params.max_seqlen_q,
+                max_seqlen_kv=packed_seq_params.max_seqlen_kv,
             )
             query, key, value = (t.squeeze(1) for t in (query, key, value))  # [t, n, d]
             out = super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, thd)

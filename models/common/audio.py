@@ -85,7 +85,7 @@ def audio_layout(lengths: Ints, audio: AudioArchitecture) -> AudioLayout:
         frame_index=np.where(is_frame, starts[:, None] + place, 0),
         is_frame=is_frame,
         token_rows=token_rows,
-        window_lengths=np.concatenate(windows),
+        window_lengths=np.concatenate(windows).astype(np.int64),
     )
 
 
@@ -105,14 +105,18 @@ class AudioAttention(nn.Module):
     def __init__(self, audio: AudioArchitecture, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads = audio.num_attention_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nn.Linear(audio.hidden_size, audio.hidden_size, dtype=dtype))
+        width = audio.hidden_size
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width, dtype=dtype) for _ in range(4)
+        )
 
     def forward(self, hidden_states: Tensor, segments: Segments) -> Tensor:
         """[t, h] -> [t, h]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        heads = (projection(hidden_states).unflatten(-1, (self.num_heads, -1)) for projection in projections)
-        return self.out_proj(packed_attention(*heads, segments, is_causal=False).flatten(1))
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (self.num_heads, -1)) for projection in projections
+        )  # [t, n, d]
+        return self.out_proj(packed_attention(query, key, value, segments, is_causal=False).flatten(1))
 
 
 class AudioLayer(nn.Module):
@@ -150,9 +154,9 @@ class AudioTower(MegatronModule):
         super().__init__(config=config)
         dtype, width = config.params_dtype, audio.downsample_hidden_size
         self.audio = audio
-        for number in (1, 2, 3):
-            inputs = 1 if number == 1 else width
-            setattr(self, f"conv2d{number}", nn.Conv2d(inputs, width, 3, stride=2, padding=1, dtype=dtype))
+        self.conv2d1, self.conv2d2, self.conv2d3 = (
+            nn.Conv2d(inputs, width, 3, stride=2, padding=1, dtype=dtype) for inputs in (1, width, width)
+        )
         bins = int(tokens_after_convolutions(np.array(audio.num_mel_bins)))
         self.conv_out = nn.Linear(width * bins, audio.hidden_size, bias=False, dtype=dtype)
         self.layers = nn.ModuleList(AudioLayer(audio, dtype) for _ in range(audio.num_layers))
@@ -163,7 +167,7 @@ class AudioTower(MegatronModule):
         self.positions = sinusoids(audio.max_source_positions, audio.hidden_size)
         for parameter in self.parameters():
             if parameter.ndim > 1:
-                config.init_method(parameter)
+                torch.nn.init.normal_(parameter, std=config.init_method_std)
 
     def forward(self, input_features: Tensor, audio_lengths: Tensor) -> Tensor:
         """Encode all clips of a micro-batch.

@@ -42,7 +42,7 @@ class DeepstackLayer(TransformerLayer):
 
         Returns: Hidden states [s, b, h] and `context`.
         """
-        hidden_states, _ = super().forward(*args, context=None, **kwargs)
+        hidden_states: Any = super().forward(*args, context=None, **kwargs)[0]
         if context is not None and self.deepstack_level is not None:
             hidden_states = hidden_states + context[self.deepstack_level]
         return hidden_states, context
@@ -96,11 +96,12 @@ def build_decoder(
         )
         for layer in range(offset, offset + count)
     ]
-    model = GPTModel(
+    block: Any = TransformerBlockSubmodules(
+        layer_specs=specs, layer_norm=final_norm(config, settings.attention_backend)
+    )
+    model: Any = GPTModel(
         config,
-        TransformerBlockSubmodules(
-            layer_specs=specs, layer_norm=final_norm(config, settings.attention_backend)
-        ),
+        block,
         vocab_size=text.vocab_size,
         max_sequence_length=text.max_position_embeddings,
         pre_process=pre_process,

@@ -10,6 +10,7 @@ levels, the features that remain travel to the next stages, laid beside the hidd
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -77,8 +78,8 @@ class MultimodalModel(MegatronModule):
             vp_stage=vp_stage,
         )
         self.model_type = self.language_model.model_type
-        layers = [layer.layer_number for layer in self.language_model.decoder.layers]
-        last = layers[-1] if layers else 0
+        layers: Any = self.language_model.decoder.layers
+        last = layers[-1].layer_number if len(layers) else 0
         self.num_levels_out = 0 if post_process else max(0, levels - last)
         """Deepstack levels that later stages still have to add."""
         self._features: Tensor | None = None
@@ -86,13 +87,14 @@ class MultimodalModel(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor] | None) -> None:
         """Take what the stage before sent: [s, b, h], with features beside it when some still travel."""
-        tensor = input_tensor[0] if isinstance(input_tensor, list | tuple) else input_tensor
+        tensor: Any = input_tensor[0] if isinstance(input_tensor, list | tuple) else input_tensor
         self._features = None
         hidden = self.config.hidden_size
         if tensor is not None and tensor.shape[-1] > hidden:
             parts = tensor.unflatten(-1, (-1, hidden)).movedim(-2, 0)  # [1 + levels, s, b, h]
             tensor, self._features = parts[0].contiguous(), parts[1:]
-        self.language_model.set_input_tensor([tensor])
+        decoder: Any = self.language_model  # megatron-core takes None on the first stage
+        decoder.set_input_tensor(tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight of this stage; megatron-core reduces its gradient over the first and last stage."""

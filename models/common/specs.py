@@ -6,6 +6,7 @@ them (`linear_qkv.layer_norm_weight`), and the torch layers' separate norms are 
 """
 
 from functools import partial
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -26,6 +27,8 @@ FUSED_NORM_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+BIAS_DROPOUT_ADD: Any = get_bias_dropout_add  # megatron-core takes the function, its annotation says a class
 
 
 def layer_spec(
@@ -77,10 +80,10 @@ def _torch_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) ->
                 k_layernorm=qk_norm,
             ),
         ),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=BIAS_DROPOUT_ADD,
         pre_mlp_layernorm=norm,
         mlp=mlp,
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=BIAS_DROPOUT_ADD,
         sharded_state_dict_keys_map={
             old: new for old, new in FUSED_NORM_NAMES.items() if not (is_moe and old == "pre_mlp_layernorm.")
         },
@@ -120,10 +123,10 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
                 k_layernorm=qk_norm,
             ),
         ),
-        self_attn_bda=get_bias_dropout_add,
+        self_attn_bda=BIAS_DROPOUT_ADD,
         pre_mlp_layernorm=TENorm if is_moe else IdentityOp,
         mlp=mlp,
-        mlp_bda=get_bias_dropout_add,
+        mlp_bda=BIAS_DROPOUT_ADD,
     )
 
 

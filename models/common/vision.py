@@ -14,7 +14,7 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import MegatronModule, TransformerConfig, TransformerLayer
+from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
@@ -87,18 +87,16 @@ class VisionTower(MegatronModule):
         self.patch_embed = torch.nn.Linear(
             vision.patch_dim, vision.hidden_size, bias=vision.patch_embed_bias, dtype=settings.dtype
         )
-        config.init_method(self.patch_embed.weight)
+        torch.nn.init.normal_(self.patch_embed.weight, std=config.init_method_std)
         if vision.num_position_embeddings is not None:
             self.position_embedding = torch.nn.Embedding(
                 vision.num_position_embeddings, vision.hidden_size, dtype=settings.dtype
             )
-            config.init_method(self.position_embedding.weight)
+            torch.nn.init.normal_(self.position_embedding.weight, std=config.init_method_std)
         spec = layer_spec(config, settings.attention_backend, is_causal=False)
+        layer: Any = partial(build_module, spec, config=config, pg_collection=groups, add_layer_offset=False)
         self.layers = torch.nn.ModuleList(
-            build_module(
-                spec, config=config, layer_number=number + 1, pg_collection=groups, add_layer_offset=False
-            )
-            for number in range(vision.num_layers)
+            layer(layer_number=number + 1) for number in range(vision.num_layers)
         )
         self.merger = PatchMerger(config, vision, groups, norm_after_shuffle=False)
         self.deepstack_mergers = torch.nn.ModuleList(
@@ -148,7 +146,7 @@ class VisionTower(MegatronModule):
         return hidden_states
 
     def _run(
-        self, layer: TransformerLayer, hidden_states: Tensor, angles: Tensor, segments: Segments
+        self, layer: torch.nn.Module, hidden_states: Tensor, angles: Tensor, segments: Segments
     ) -> Tensor:
         def forward(hidden_states: Tensor) -> Tensor:
             return layer(

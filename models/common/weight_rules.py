@@ -7,6 +7,7 @@ one small engine reads any region of a Megatron tensor from a checkpoint, writes
 and can prove that nothing is missing and nothing is counted twice.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -236,7 +237,7 @@ def _check_boxes(name: str, shape: Shape, boxes: list[tuple[Shape, Shape]]) -> N
             got=str(covered),
         )
     ordered = sorted(boxes)
-    for (start, size), (other, _) in zip(ordered, ordered[1:], strict=False):
+    for (start, size), (other, _) in itertools.pairwise(ordered):
         # Tables cut along leading axes only, so overlapping boxes are neighbours in sorted order.
         if all(low <= high < low + extent for low, high, extent in zip(start, other, size, strict=True)):
             raise WeightMappingError("pieces overlap", where=name, got=f"{start}+{size} and {other}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of weight tables that families share: the Qwen decoder and the vision tower with a position table. Torch-free."""
+"""Parts of weight tables that families share: the decoder, the vision tower with a position table. Torch-free."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -64,7 +64,9 @@ def model_flops(
         ConfigError: an unknown part, or audio for a model without an audio tower.
     """
     if unknown := set(trainable) - set(PARTS):
-        raise ConfigError(f"unknown part(s): {', '.join(sorted(unknown))}", expected=f"some of {', '.join(PARTS)}")
+        raise ConfigError(
+            f"unknown part(s): {', '.join(sorted(unknown))}", expected=f"some of {', '.join(PARTS)}"
+        )
     lengths, frames = list(sample_lengths), list(audio_frames)
     if frames and architecture.audio is None:
         raise ConfigError(f"{architecture.family} has no audio tower", got=f"{len(frames)} audios")

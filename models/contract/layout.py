@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from models.contract.architecture import Architecture, TextArchitecture
+from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe
 
 
@@ -37,6 +38,18 @@ def check_layout(architecture: Architecture, recipe: Recipe) -> list[LayoutProbl
         *_fp8(architecture, recipe),
         *_other(architecture, recipe),
     ]
+
+
+def require_layout(architecture: Architecture, recipe: Recipe) -> None:
+    """Raise one ConfigError with every rule that the layout breaks; do nothing when it can run."""
+    problems = check_layout(architecture, recipe)
+    if problems:
+        raise ConfigError(
+            f"this model cannot run in this layout: {len(problems)} rule(s) broken",
+            where=f"recipe {recipe.name}",
+            got="; ".join(str(problem) for problem in problems),
+            fix="change the keys named above",
+        )
 
 
 def sequence_multiple(recipe: Recipe) -> int:

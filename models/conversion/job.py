@@ -113,9 +113,12 @@ def check_target(job: Job, *, restart: bool) -> None:
     free = shutil.disk_usage(existing).free + (_size(job.partial) if restart else 0)
     if needed > free:
         raise ConfigError(
-            "not enough disk space", where=str(existing), expected=f"{needed / 2**30:.2f} GiB", got=f"{free / 2**30:.2f} GiB free",
+            "not enough disk space",
+            where=str(existing),
+            expected=f"{needed / 2**30:.2f} GiB",
+            got=f"{free / 2**30:.2f} GiB free",
             fix="free space or choose another disk",
-        )  # fmt: skip
+        )
 
 
 def run_job(

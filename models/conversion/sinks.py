@@ -30,7 +30,7 @@ from models.conversion.job import OutputFile, Span
 from models.conversion.tensor_source import TensorSource, TensorSpec
 
 BLOCK_BYTES = 8 * 2**20
-"""Memory of one block; a thread holds about three of them. Small enough that the allocator gives the same pages again."""
+"""Memory of one block; a thread holds about three. Small enough that the allocator gives the same pages again."""
 READ_BACK_BYTES = 2**20
 FILE_BYTES = 256 * 2**20
 """Size of one file of a sharded checkpoint, so that a killed conversion loses little and several threads have work."""
@@ -202,9 +202,11 @@ def _write_checked(stream: BinaryIO, data: memoryview, path: Path) -> None:
         count = os.preadv(stream.fileno(), [back[: len(part)]], start + begin)
         if count != len(part) or not _same_bytes(part, back[: len(part)]):
             raise RunError(
-                "what was written reads back differently", where=str(path), got=f"a difference after byte {start + begin}",
+                "what was written reads back differently",
+                where=str(path),
+                got=f"a difference after byte {start + begin}",
                 fix="check the disk; nothing was put under the final name",
-            )  # fmt: skip
+            )
 
 
 def _same_bytes(left: memoryview, right: memoryview) -> bool:

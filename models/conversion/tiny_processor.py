@@ -11,12 +11,39 @@ from tokenizers.models import BPE
 from models.contract.architecture import Family
 from models.conversion.tiny_config import NUM_BPE_TOKENS, PLAIN_ADDED_TOKENS, added_tokens, token_ids
 
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501 - one expression
 """How Qwen splits text before byte-pair encoding; a format constant, as transformers' Qwen2Tokenizer has it."""
 
-_COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black", "grey", "brown", "pink", "cyan"]
+_COLOURS = [
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "purple",
+    "orange",
+    "white",
+    "black",
+    "grey",
+    "brown",
+    "pink",
+    "cyan",
+]
 _SHAPES = ["circle", "square", "triangle", "bar", "star", "cross", "ring", "diamond"]
-_PLACES = ["top", "bottom", "left", "right", "middle", "top", "left", "bottom", "right", "center", "above", "below", "beside"]
+_PLACES = [
+    "top",
+    "bottom",
+    "left",
+    "right",
+    "middle",
+    "top",
+    "left",
+    "bottom",
+    "right",
+    "center",
+    "above",
+    "below",
+    "beside",
+]
 _PHRASES = (
     "You are a helpful assistant.", "You look closely and answer in few words.", "Describe the image.",
     "What is shown?", "Write a short caption.", "What colour is the shape?", "Which shape is it?", "Where is it?",

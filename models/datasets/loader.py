@@ -286,7 +286,7 @@ def build_loader(
     if packing and recipe.train.micro_batch_size != 1:
         raise ConfigError(
             "a pack is a micro-batch", where="[train] micro_batch_size", expected="1 with data.packing",
-            got=str(recipe.train.micro_batch_size), fix="set micro_batch_size = 1; seq_length says how much a pack holds",
+            got=str(recipe.train.micro_batch_size), fix="set it to 1; seq_length says how much a pack holds",
         )  # fmt: skip
     ledger = SkipLedger(str(folder), math.ceil(count / data_parallel_size), data.max_skipped_fraction)
     layout = {

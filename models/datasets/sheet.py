@@ -129,13 +129,14 @@ def _draw_text(
     canvas: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, pieces: list[tuple[str, bool]],
     left: int, top: int, *, right: int, bottom: int,
 ) -> None:  # fmt: skip
-    x, y = float(left), top
+    x, y, space = float(left), top, canvas.textlength(" ", font=font)
     for piece, learned in pieces:
-        for word in piece.replace("\n", " ⏎ ").split(" "):
-            width = canvas.textlength(word + " ", font=font)
+        words = piece.replace("\n", "¶ ").split(" ")
+        for index, word in enumerate(words):
+            width = canvas.textlength(word, font=font)
             if x + width > right:
                 x, y = float(left), y + 16
             if y > bottom:
                 return
             canvas.text((x, y), word, fill="#0a7a2f" if learned else "#444444", font=font)
-            x += width if " " in piece or piece.endswith("\n") else canvas.textlength(word, font=font)
+            x += width + (space if index < len(words) - 1 else 0)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert checkpoints between Hugging Face and Megatron, and compare them.
 
-Exit codes: 0 done or equal, 1 something about the input (one line says what) or not equal, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done or equal, 1 not equal or something wrong with the input (one line says what), 2 wrong usage,
+130 interrupted.
 """
 
 import json

@@ -104,7 +104,8 @@ def make_case(
     else:
         hf_inputs["mm_token_type_ids"] = kinds
         positions = {key: value for key, value in hf_inputs.items() if not key.startswith("pixel")}
-        hf_inputs["position_ids"], _ = model.base_model.get_rope_index(**positions)
+        base: Any = model.base_model
+        hf_inputs["position_ids"], _ = base.get_rope_index(**positions)
     batch = Batch(
         input_ids=input_ids,
         position_ids=hf_inputs["position_ids"],
@@ -133,7 +134,7 @@ def _padded_clips(clips: list[Tensor]) -> dict[str, Tensor]:
     return {"input_features": torch.stack(padded), "feature_attention_mask": mask}
 
 
-def _omni_positions(model: PreTrainedModel, hf_inputs: dict[str, Tensor]) -> Tensor:
+def _omni_positions(model: Any, hf_inputs: dict[str, Tensor]) -> Tensor:
     mask = hf_inputs.get("feature_attention_mask")
     videos = hf_inputs.get("video_grid_thw")
     positions, _ = model.get_rope_index(

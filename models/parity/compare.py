@@ -99,6 +99,7 @@ def _sizes(part: ShardedTensor) -> tuple[int, ...]:
 def load(model: MultimodalModel, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model (or one rank's part of it) from global tensors."""
     for part in shards(model):
+        assert part.data is not None
         part.data.copy_(_slice_of(part, tensors))
 
 
@@ -128,6 +129,7 @@ def gradient_errors(
     errors: dict[str, float] = {}
     smallest = floor * max(gradient.norm().item() for gradient in reference.values())
     for part in shards(model):
+        assert part.data is not None
         wanted = _slice_of(part, reference)
         whole = reference[part.key]
         scale = max(wanted.norm().item(), 1e-3 * whole.norm().item(), smallest)

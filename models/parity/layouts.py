@@ -150,10 +150,11 @@ def _forward_backward(
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
+    model: Any = chunks if len(chunks) > 1 else chunks[0]
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=chunks if len(chunks) > 1 else chunks[0],
+        model=model,
         num_microbatches=len(batches),
         seq_length=batches[0].input_ids.shape[1],
         micro_batch_size=batches[0].input_ids.shape[0],
@@ -166,8 +167,9 @@ def _compare(
 ) -> Result:
     errors: dict[str, float] = {}
     for chunk in chunks:
-        gradients = {name: parameter.main_grad for name, parameter in chunk.module.named_parameters()}
-        errors |= gradient_errors(chunk.module, job.gradients, gradients)
+        module: Any = chunk.module
+        gradients = {name: parameter.main_grad for name, parameter in module.named_parameters()}
+        errors |= gradient_errors(module, job.gradients, gradients)
     gathered: list[Any] = [None] * distributed.get_world_size()
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     loss = (total[0] / total[1]).item() if is_last else None

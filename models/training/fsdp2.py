@@ -29,6 +29,7 @@ from models.training.hf_inputs import hf_inputs, with_blank_image
 from models.training.loss import loss_weights
 from models.training.optimizer import build_scheduler
 from models.training.parallel import LauncherEnvironment, Ranks, start_data_parallel
+from models.training.parameters import PARTS
 
 
 class Fsdp2Engine:
@@ -93,7 +94,7 @@ class Fsdp2Engine:
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters of the whole model by part."""
-        counts = dict.fromkeys(("total", "trainable", "language", "vision", "audio"), 0)
+        counts: dict[str, int] = dict.fromkeys(PARTS, 0)
         for name, parameter in self.model.named_parameters():
             counts["total"] += parameter.numel()
             counts["vision" if "visual." in name else "audio" if "audio_tower." in name else "language"] += (
@@ -212,7 +213,7 @@ def build_sharded(recipe: Recipe, folder: Path, ranks: Ranks) -> nn.Module:
 
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = bool(config.tie_word_embeddings)
-    whole: dict[str, Tensor] = {}
+    whole: dict[str, Any] = {}
     buffers: dict[str, Tensor] = {}
     if ranks.rank == 0:
         source = (

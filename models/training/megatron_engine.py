@@ -142,7 +142,8 @@ class MegatronEngine:
         state = self._sharded_state(with_optimizer=with_optimizer, is_loading=True)
         if not same_layout:
             del state["random"]  # there is one of each rank that was
-        loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+        strict = StrictHandling.RAISE_UNEXPECTED  # what is asked for and not there
+        loaded: Any = dist_checkpointing.load(state, str(folder), strict=strict)
         for name, module in self._named_modules():
             module.load_state_dict(loaded[name])
         if with_optimizer:

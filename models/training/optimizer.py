@@ -112,7 +112,7 @@ def build_optimizer(
     """AdamW over the trainable parameters: no decay on biases and norms, learning rates per part."""
     settings = recipe.optimizer
     dtype = DTYPES[recipe.precision.dtype]
-    states = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+    moment_dtype = torch.bfloat16 if settings.use_precision_aware_optimizer else torch.float32
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -131,11 +131,12 @@ def build_optimizer(
         optimizer_cpu_offload=settings.cpu_offload_fraction > 0,
         optimizer_offload_fraction=settings.cpu_offload_fraction,
         use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
-        **(states if settings.use_precision_aware_optimizer else {}),
+        exp_avg_dtype=moment_dtype,
+        exp_avg_sq_dtype=moment_dtype,
     )
     overrides = get_standard_config_overrides(config) | _learning_rate_overrides(settings)
     return get_megatron_optimizer(
-        config, chunks, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
+        config, [*chunks], config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
     )
 
 

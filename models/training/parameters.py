@@ -20,7 +20,7 @@ def count_parameters(modules: list[Any], ranks: Ranks) -> dict[str, int]:
 
     A shard counts on its own rank, a replicated tensor on the first rank that holds it.
     """
-    counts = dict.fromkeys(PARTS, 0)
+    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for module in modules:
         for name, parameter in module.named_parameters():
             if _counts_here(parameter, ranks):

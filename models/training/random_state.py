@@ -9,6 +9,10 @@ import torch
 from megatron.core import tensor_parallel
 
 
+def _tracker() -> Any:
+    return tensor_parallel.get_cuda_rng_tracker()
+
+
 def capture(device: torch.device) -> dict[str, Any]:
     """States of the Python, NumPy, torch, device and tensor-parallel generators."""
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - libraries draw from it
@@ -17,7 +21,7 @@ def capture(device: torch.device) -> dict[str, Any]:
         "numpy": (name, torch.tensor(keys.astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "device": None if device.type == "cpu" else getattr(torch, device.type).get_rng_state(),
-        "tensor_parallel": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+        "tensor_parallel": dict(_tracker().get_states()),
     }
 
 
@@ -29,4 +33,4 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type != "cpu":
         getattr(torch, device.type).set_rng_state(state["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+    _tracker().set_states(state["tensor_parallel"])

@@ -13,6 +13,7 @@ from typing import Any
 
 from models.contract.errors import RunError
 from models.contract.families import load_architecture
+from models.contract.layout import require_layout
 from models.contract.recipe import Recipe
 from models.contract.record import RunInfo, write_run_info
 from models.contract.site import Site
@@ -79,6 +80,7 @@ def start_run(
     """Bring up engine and loader, from the checkpoint of the recipe or from where the run left off."""
     folder = site.checkpoint(recipe.model.checkpoint)
     architecture = load_architecture(folder)
+    require_layout(architecture, recipe)
     engine = start_engine(recipe, architecture, folder, launcher, timeout_s=options.step_timeout_s)
     ranks = engine.ranks
     loader = build_loader(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Area = Literal["model", "conversion", "data", "training", "measurement", "baseline"]
-START = frozenset({"C1"})
 STEPS = frozenset({"C1", "C2"})
 SOUND = frozenset({"C0"})
 WORLD = frozenset({"C0", "plausibility"})
@@ -47,14 +46,14 @@ FAULTS: tuple[Fault, ...] = (
         "model",
         STEPS,
         {
-            "mrope_sections": "time and width sections of the rotary embedding change places",
+            "mrope_sections": "time, height and width sections of the rotary embedding move on by one",
             "mrope_layout": "contiguous rotary sections where the family interleaves them",
             "rope_theta": "rotary base 1e4 instead of the checkpoint's",
             "deepstack_off": "deepstack features are computed and never added",
             "deepstack_levels": "deepstack features are added in the wrong order",
             "causal_mask_off": "the decoder looks ahead",
             "vision_activation": "SiLU in the vision tower instead of GELU",
-            "vision_rope": "rotary base 100 in the vision tower instead of 1e4",
+            "vision_rope": "rotary base 2 in the vision tower instead of 1e4",
             "position_table_off": "the learned position table of the vision tower is not added",
             "tied_weights": "logits come from weights of their own where the checkpoint ties them",
             "qk_norm_off": "queries and keys are not normalised",
@@ -72,13 +71,13 @@ FAULTS: tuple[Fault, ...] = (
         STEPS,
         {
             "router_scores": "sigmoid scores in the router instead of softmax",
-            "router_topk": "one expert fewer is chosen",
+            "router_topk": "one expert more is chosen",
         },
         setup="qwen3_vl_moe",
     ),
     *_faults(
         "conversion",
-        START,
+        STEPS,
         {
             "qkv_interleave": "query heads are laid out as if every head had its own group",
             "key_value_swap": "keys and values change places",
@@ -93,7 +92,7 @@ FAULTS: tuple[Fault, ...] = (
         },
     ),
     *_faults(
-        "conversion", START, {"expert_order": "experts are numbered from the other end"}, setup="qwen3_vl_moe"
+        "conversion", STEPS, {"expert_order": "experts are numbered from the other end"}, setup="qwen3_vl_moe"
     ),
     *_faults(
         "data",

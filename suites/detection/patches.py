@@ -47,9 +47,7 @@ def _architecture(part: str, **changes: Any) -> None:
 @patch
 def mrope_sections() -> None:
     axes = rope.mrope_axes
-    rope.mrope_axes = lambda section, *, interleaved: axes(
-        (section[2], section[1], section[0]), interleaved=interleaved
-    )
+    rope.mrope_axes = lambda section, *, interleaved: (axes(section, interleaved=interleaved) + 1) % 3
 
 
 @patch
@@ -98,7 +96,7 @@ def vision_activation() -> None:
 
 @patch
 def vision_rope() -> None:
-    _architecture("vision", rotary_base=100.0)
+    _architecture("vision", rotary_base=2.0)
 
 
 @patch
@@ -148,7 +146,8 @@ def merge_order() -> None:
 
 @patch
 def window_off() -> None:
-    _architecture("vision", fullatt_block_indexes=tuple(range(64)))
+    layout = vision.vision_layout
+    vision.vision_layout = lambda *args: dataclasses.replace(layout(*args), window_lengths=None)
 
 
 def _moe_setting(**changes: Any) -> None:
@@ -165,11 +164,11 @@ def router_scores() -> None:
 def router_topk() -> None:
     settings = transformer_configs._moe
 
-    def fewer(text: Any, run: Any) -> dict[str, Any]:
+    def more(text: Any, run: Any) -> dict[str, Any]:
         values = settings(text, run)
-        return values | {"moe_router_topk": values["moe_router_topk"] - 1}
+        return values | {"moe_router_topk": values["moe_router_topk"] + 1}
 
-    transformer_configs._moe = fewer
+    transformer_configs._moe = more
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -296,8 +295,9 @@ def duplicate_shard() -> None:
 @patch
 def data_order() -> None:
     def swapped(batches: Iterator[Batch]) -> Iterator[Batch]:
-        for first, second in zip(batches, batches, strict=False):
-            yield from (second, first)
+        # Whole steps of two micro-batches change places; within a step the order makes no difference.
+        for four in zip(batches, batches, batches, batches, strict=False):
+            yield from (*four[2:], *four[:2])
 
     _stream(swapped)
 

@@ -362,6 +362,10 @@ def test_published_log_against_itself(seed_log: Path, policy: Policy) -> None:
         for mode in ("tost", "literal", "off")
         for hardware in (None, "h100", "h20")
     }
+    arithmetic = grade(record, match.baseline, policy).gate("arithmetic")
+    assert arithmetic is not None
+    assert arithmetic.status == "pass"
+    assert "560.9, 529.7, 559.6, 552.0" in arithmetic.summary
     # Four of five hundred lines are no convergence run; the literal rule only asks for the last.
     assert verdicts == {
         ("tost", None): "INVALID", ("tost", "h100"): "INVALID", ("tost", "h20"): "INVALID",

@@ -59,8 +59,8 @@ def test_improvement_only_shows_on_a_pass() -> None:
 
 def test_verdict_survives_json() -> None:
     result = GateResult(
-        gate="C3", status="fail", blocks=True, summary="s", effect=0.08, interval=(0.07, math.inf), margin=(-0.05, 0.05),
-        minimum_detectable_change=0.01, details={"window": [451, 500]},
+        gate="C3", status="fail", blocks=True, summary="s", effect=0.08, interval=(0.07, math.inf),
+        margin=(-0.05, 0.05), minimum_detectable_change=0.01, details={"window": [451, 500]},
     )  # fmt: skip
     verdict = Verdict(
         name="REGRESSION", gates=(result, gate("pass")), baseline_id="ab", match_level="exact", notes=("n",)

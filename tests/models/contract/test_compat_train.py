@@ -9,13 +9,60 @@ from models.contract.compat_train import WITHOUT_ARGUMENTS, recipe_toml, script_
 from models.contract.errors import ConfigError
 from models.contract.recipe import parse_recipe
 
-SEVEN_B = (
-    "dsw 7B 1 64 1e-5 1e-6 8192 8192 bf16 1 1 1 true true false false false 100000 "
-    "./wds ./wds ./mcore 500 100 ./out"
-).split()
-THIRTY_B = (
-    "dsw A3B 1 128 1e-5 1e-6 16384 16384 bf16 4 4 1 1 4 true true true false false 100000 /d /v /c 500 50 /o"
-).split()
+SEVEN_B = [
+    "dsw",
+    "7B",
+    "1",
+    "64",
+    "1e-5",
+    "1e-6",
+    "8192",
+    "8192",
+    "bf16",
+    "1",
+    "1",
+    "1",
+    "true",
+    "true",
+    "false",
+    "false",
+    "false",
+    "100000",
+    "./wds",
+    "./wds",
+    "./mcore",
+    "500",
+    "100",
+    "./out",
+]
+THIRTY_B = [
+    "dsw",
+    "A3B",
+    "1",
+    "128",
+    "1e-5",
+    "1e-6",
+    "16384",
+    "16384",
+    "bf16",
+    "4",
+    "4",
+    "1",
+    "1",
+    "4",
+    "true",
+    "true",
+    "true",
+    "false",
+    "false",
+    "100000",
+    "/d",
+    "/v",
+    "/c",
+    "500",
+    "50",
+    "/o",
+]
 
 
 def test_script_recipe_of_the_published_7b_call() -> None:

@@ -36,7 +36,8 @@ ITEMS = (
 def evaluation(**changes: object) -> Evaluation:
     values = {
         "checkpoint": "c", "checkpoint_fingerprint": "0", "family": "qwen3_vl", "engine": "transformers",
-        "dataset": "d", "split": "val", "blank_images": False, "max_new_tokens": 8, "temperature": 0.0, "seed": 0, "items": ITEMS,
+        "dataset": "d", "split": "val", "blank_images": False, "max_new_tokens": 8, "temperature": 0.0,
+        "seed": 0, "items": ITEMS,
     }  # fmt: skip
     return Evaluation(**{**values, **changes})
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from models.contract.errors import ConfigError
 from models.contract.families import published_architecture
-from models.contract.layout import check_layout, sequence_multiple
+from models.contract.layout import check_layout, require_layout, sequence_multiple
 from models.contract.recipe import Recipe, parse_recipe
 
 
@@ -113,3 +114,13 @@ def test_problem_reads_as_one_line() -> None:
 )  # fmt: skip
 def test_sequence_multiple(parallel: dict[str, Any], multiple: int) -> None:
     assert sequence_multiple(recipe(parallel=parallel)) == multiple
+
+
+def test_require_layout_raises_one_error_with_every_rule() -> None:
+    broken = recipe(
+        parallel={"context_parallel_size": 8, "expert_model_parallel_size": 2}, data={"seq_length": 4100}
+    )
+    with pytest.raises(ConfigError, match=r"2 rule\(s\) broken") as error:
+        require_layout(published_architecture("qwen3_vl_8b"), broken)
+    assert "data.seq_length" in str(error.value)
+    assert "needs a mixture of experts" in str(error.value)

@@ -208,7 +208,8 @@ def index_outside(folder: Path) -> None:
 
 BROKEN = {
     drop_shard: "files are missing", cut_shard: "safetensors file is broken", cut_header: "safetensors file is broken",
-    drop_tensor: "1 missing", drop_tensor_not_index: "index and the files disagree", add_tensor: "1 unexpected: extra.weight",
+    drop_tensor: "1 missing", drop_tensor_not_index: "index and the files disagree",
+    add_tensor: "1 unexpected: extra.weight",
     bend_tensor: "1 wrong shape", other_family: "does not fit its config.json", unknown_model: "unknown architecture",
     half_config: "not valid JSON", half_index: "index is not valid JSON", index_outside: "no usable weight_map",
 }  # fmt: skip
@@ -291,7 +292,7 @@ def test_bytes_that_read_back_differently_are_noticed(source, tmp_path, monkeypa
 
     def flip(handle, buffers, offset) -> int:
         count = real(handle, buffers, offset)
-        if ".distcp" in os.readlink(f"/proc/self/fd/{handle}"):
+        if ".distcp" in str(Path(f"/proc/self/fd/{handle}").readlink()):
             buffers[0][0] ^= 1
         return count
 

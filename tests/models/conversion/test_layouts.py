@@ -107,9 +107,9 @@ def run_layouts(tmp_path: Path, num_processes: int, cases: list) -> None:
         exported = tmp_path / f"exported-{index}"
         megatron_to_hf(Path(step["save"]), exported, Path(step["hf"]), Options())
         difference = filecmp.dircmp(step["hf"], exported)
-        assert not (difference.left_only or difference.right_only), step
+        assert not difference.left_only + difference.right_only, step
         _, wrong, failed = filecmp.cmpfiles(step["hf"], exported, difference.common_files, shallow=False)
-        assert not (wrong or failed), (step["layout"], wrong)
+        assert not wrong + failed, (step["layout"], wrong)
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])

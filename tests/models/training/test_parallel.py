@@ -6,11 +6,19 @@ import pytest
 from models.contract.errors import ConfigError
 from models.training.parallel import LauncherEnvironment, read_launcher_environment
 
-TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
 
 
 def test_no_launcher_is_one_process() -> None:
-    assert read_launcher_environment({}) == LauncherEnvironment(rank=0, world_size=1, local_rank=0, is_launched=False)
+    assert read_launcher_environment({}) == LauncherEnvironment(
+        rank=0, world_size=1, local_rank=0, is_launched=False
+    )
 
 
 def test_torchrun_variables_are_read() -> None:

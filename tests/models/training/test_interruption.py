@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals and the watchdog."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.training.interruption import HANG_EXIT_CODE, StopRequest, stop_requests
+
+
+def test_stop_requests_remember_a_signal_and_put_the_handlers_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests() as request:
+        assert not request
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal_name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigint_does_not_wait() -> None:
+    request = StopRequest()
+    request.handle(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        request.handle(signal.SIGINT, None)
+
+
+def test_watchdog_writes_stacks_and_ends_a_hung_process(tmp_path: Path) -> None:
+    program = """
+import sys, threading
+from pathlib import Path
+from models.training import interruption
+interruption.GRACE_S = 0.1
+def stuck_in_a_collective():
+    threading.Event().wait()
+with interruption.Watchdog(Path(sys.argv[1]), 3, 0.2, lambda message: print(message)):
+    stuck_in_a_collective()
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == HANG_EXIT_CODE, done.stderr
+    assert "no progress for" in done.stdout
+    assert "stuck_in_a_collective" in (tmp_path / "rank_00003.txt").read_text()
