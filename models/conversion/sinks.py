@@ -81,7 +81,7 @@ def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: A
             )
             offset = stream.tell()
             archive = _CheckedStream(stream, path)
-            torch.save(tensor, archive)
+            torch.save(tensor, archive)  # pyright: ignore[reportArgumentType] - it writes and tells, no more is used
             if archive.error is not None:
                 raise archive.error
             records.append([span.name, span.start, list(tensor.shape), offset, stream.tell() - offset])

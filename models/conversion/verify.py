@@ -3,7 +3,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -201,7 +201,7 @@ def _declared(table: Source) -> dict[str, str]:
     return kept | {name: f"tied to {rule.sources[0].name}" for name, rule in table.copies.items()}
 
 
-def _padded(rules: tuple[WeightRule, ...], sides: list[TensorSource]) -> dict[str, int]:
+def _padded(rules: tuple[WeightRule, ...], sides: Sequence[TensorSource]) -> dict[str, int]:
     return {
         rule.key: rule.shape[0]
         for rule in rules

@@ -83,7 +83,7 @@ class ChatTaskEncoder(TaskEncoder):
     """
 
     decoder = None
-    cookers = (Cooker(cook),)
+    cookers = (Cooker(cook),)  # pyright: ignore[reportArgumentType] - crude members, not a Sample
 
     def __init__(self, encoder: SampleEncoder) -> None:
         super().__init__()

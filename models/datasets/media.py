@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import av
 import numpy as np
 import soundfile
+from av.container import InputContainer
 from PIL import Image, UnidentifiedImageError
 
 from models.common.processing import DecodedVideo
@@ -84,14 +85,14 @@ def decode_video(medium: Medium) -> DecodedVideo:
         # The reference's default for frames without a stated rate.
         return DecodedVideo(np.stack(frames), medium.fps or 2.0, True)
     try:
-        with av.open(io.BytesIO(medium.data[0])) as container:
+        with av.open(io.BytesIO(medium.data[0]), mode="r") as container:
             frames, fps = _read_frames(container, medium.name)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise SampleRejected("corrupt video", f"{medium.name}: {error}") from None
     return DecodedVideo(frames, medium.fps or fps, False)
 
 
-def _read_frames(container: "av.container.InputContainer", name: str) -> tuple[np.ndarray, float]:
+def _read_frames(container: InputContainer, name: str) -> tuple[np.ndarray, float]:
     if not container.streams.video:
         raise SampleRejected("corrupt video", f"{name}: no video stream")
     stream = container.streams.video[0]
@@ -131,7 +132,7 @@ def decode_audio(data: bytes, sampling_rate: int, name: str = "audio") -> np.nda
 
 def _read_audio(data: bytes, name: str) -> tuple[np.ndarray, int]:
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), mode="r") as container:
             if not container.streams.audio:
                 raise SampleRejected("corrupt audio", f"{name}: no audio stream")
             stream = container.streams.audio[0]

@@ -66,7 +66,7 @@ class PackingTaskEncoder(TaskEncoder):
     """Raw members to packs: ``{"encoded": [EncodedSample | Rejection, …]}``."""
 
     decoder = None
-    cookers = (Cooker(cook),)
+    cookers = (Cooker(cook),)  # pyright: ignore[reportArgumentType] - crude members, not a Sample
 
     def __init__(self, encoder: SampleEncoder, recipe: Recipe) -> None:
         super().__init__()

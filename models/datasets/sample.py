@@ -24,7 +24,14 @@ from typing import Any, Literal
 
 MediaKind = Literal["image", "video", "audio"]
 MARKER = re.compile(r"<(image|video|audio)>")
-ROLE_OF = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+Role = Literal["system", "user", "assistant"]
+ROLE_OF: dict[str, Role] = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+}
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "flv", "gif")
 AUDIO_SUFFIXES = ("wav", "flac", "mp3", "ogg", "m4a", "aac", "opus")
@@ -53,7 +60,7 @@ class SampleRejected(Exception):  # noqa: N818 - it is an outcome that is counte
 class Turn:
     """One message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 

@@ -110,26 +110,36 @@ class Recorder:
     recipe: Recipe
     world_size: int
     on_terminal: bool
+    use_tensorboard: bool = False
     _window: list[StepMetrics] = field(default_factory=list)
     _log: TextIO | None = None
     _progress: Any = None
+    _events: Any = None
 
     def __enter__(self) -> Self:
         self._log = (self.directory / LOG_FILE).open("a", encoding="utf-8", buffering=1)
         if self.on_terminal:
             self._progress = _progress_bar()
             self._progress.start()
+        if self.use_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.directory / "tensorboard"))
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._progress is not None:
             self._progress.stop()
+        if self._events is not None:
+            self._events.close()
         if self._log is not None:
             self._log.close()
 
     def add(self, row: StepMetrics) -> None:
         """Write one step."""
         append_metrics(self.directory, row)
+        if self._events is not None:
+            _write_scalars(self._events, row)
         self._window.append(row)
         if (
             row.iteration % self.recipe.train.log_interval == 0
@@ -146,6 +156,14 @@ class Recorder:
         self._log.write(line + "\n")
         if self._progress is None:
             logger.info("%s", line)
+
+
+def _write_scalars(events: Any, row: StepMetrics) -> None:
+    """One TensorBoard scalar for every number of a step."""
+    numbers = row.model_dump(exclude={"iteration", "sample_digest", "extra"}) | row.extra
+    for name, value in numbers.items():
+        if value is not None:
+            events.add_scalar(name, value, row.iteration)
 
 
 def log_line(rows: Sequence[StepMetrics], train_iters: int, world_size: int) -> str:

@@ -105,7 +105,7 @@ def run_to_end(run: Run, info: RunInfo | None, stop: StopRequest, watchdog: Watc
         write_run_info(run.directory, info)
         recorder = Recorder(
             directory=run.directory, recipe=run.recipe, world_size=run.engine.ranks.world_size,
-            on_terminal=sys.stderr.isatty(),
+            on_terminal=sys.stderr.isatty(), use_tensorboard=run.options.tensorboard,
         )  # fmt: skip
     try:
         with recorder as writer, _manual_gc(run.recipe):

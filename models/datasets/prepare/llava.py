@@ -48,7 +48,7 @@ class ConvertLlava:
             verify_image(data, image, self.verify)
             media = {"jpg" if self.layout == "vqa" else f"image0.{suffix_of(image)}": data}
         order_media(
-            turns, {"image": [SampleMedium("image", image, ()) for _ in media], "video": [], "audio": []}
+            turns, {"image": [SampleMedium("image", str(image), ()) for _ in media], "video": [], "audio": []}
         )
         if self.layout == "vqa":
             if not media or len(turns) != 2:
