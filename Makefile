@@ -37,7 +37,7 @@ layers: setup
 	.venv/bin/lint-imports
 
 unit: setup
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test: lint types layers unit
 

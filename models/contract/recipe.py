@@ -247,7 +247,7 @@ def parse_recipe(data: dict[str, Any], *, where: str) -> Recipe:
             f"{error.error_count()} problem(s) in the recipe",
             where=where,
             got="; ".join(_describe(problem) for problem in error.errors()),
-            fix="edit the keys named above; README.md lists every recipe key",
+            fix="edit the keys named above; models/contract/recipe.py says what each key means",
         ) from None
 
 

@@ -41,10 +41,10 @@ def detect_layout(
 
 def weight_table(config: ModelConfig, layout: NameLayout = HUB) -> tuple[WeightRule, ...]:
     """Every Megatron tensor of the model and what it is made of."""
-    return decoder_rules(config.text, layout) + vision_rules(config.vision, layout.vision)
+    return decoder_rules(config.text, layout) + _vision_rules(config.vision, layout.vision)
 
 
-def vision_rules(vision: VisionArchitecture, prefix: str) -> tuple[WeightRule, ...]:
+def _vision_rules(vision: VisionArchitecture, prefix: str) -> tuple[WeightRule, ...]:
     """The window-attention tower: RMSNorm, gated MLP with biases, one merger."""
     hidden, ffn = vision.hidden_size, vision.ffn_hidden_size
     merged = hidden * vision.spatial_merge_size**2

@@ -48,10 +48,10 @@ def weight_table(config: ModelConfig, layout: NameLayout = HUB) -> tuple[WeightR
     vision = interpolated_vision_rules(
         config.vision, layout.vision, norm="ln_q", fc1="mlp.0", fc2="mlp.2", deepstack="merger_list"
     )
-    return decoder_rules(config.text, layout) + vision + audio_rules(config.audio)
+    return decoder_rules(config.text, layout) + vision + _audio_rules(config.audio)
 
 
-def audio_rules(audio: AudioArchitecture) -> tuple[WeightRule, ...]:
+def _audio_rules(audio: AudioArchitecture) -> tuple[WeightRule, ...]:
     """The audio tower: three strided convolutions, a transformer with biases everywhere, two projections."""
     width, ffn, channels = audio.hidden_size, audio.ffn_hidden_size, audio.downsample_hidden_size
     rules: list[WeightRule] = []
