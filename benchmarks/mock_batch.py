@@ -22,18 +22,20 @@ class MockShape:
 
 
 def mock_batch(architecture: Architecture, shape: MockShape, *, seed: int = 0, device: str = "cuda") -> Batch:
-    """Make one micro-batch: images first in each sample, then text; every text position is supervised."""
+    """Make one micro-batch: images first in each sample, each after one text token; all text is supervised."""
     vision = architecture.vision
     generator = torch.Generator().manual_seed(seed)
     side = shape.image_size // vision.patch_size
     merged = (side // vision.spatial_merge_size) ** 2
     images_per_sample, rest = divmod(shape.num_images, shape.num_samples)
     sample_length = shape.seq_length // shape.num_samples
-    if rest or images_per_sample * merged >= sample_length:
+    if rest or images_per_sample * (merged + 1) >= sample_length:
         raise ValueError(f"{shape.num_images} images of {merged} merged tokens do not fit {shape}")
     s = sample_length * shape.num_samples
     is_vision = torch.zeros(shape.num_samples, sample_length, dtype=torch.bool)
-    is_vision[:, : images_per_sample * merged] = True
+    for image in range(images_per_sample):
+        start = image * (merged + 1) + 1
+        is_vision[:, start : start + merged] = True
     is_vision = is_vision.reshape(1, s)
     text_ids = torch.randint(0, min(architecture.text.vocab_size, 50_000), (1, s), generator=generator)
     labels = torch.where(is_vision, IGNORED_LABEL, text_ids.roll(-1, 1))

@@ -7,6 +7,7 @@ Every block is read back from the file and compared with memory before the next 
 import json
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,11 +32,13 @@ from models.conversion.tensor_source import TensorSource, TensorSpec
 
 BLOCK_BYTES = 8 * 2**20
 """Memory of one block; a thread holds about three. Small enough that the allocator gives the same pages again."""
-READ_BACK_BYTES = 2**20
+READ_BACK_BYTES = 2**18
+SMALL_BYTES = 2**14
 FILE_BYTES = 256 * 2**20
 """Size of one file of a sharded checkpoint, so that a killed conversion loses little and several threads have work."""
 COMMON_STATE = {"common_state/shard_0_1": [{}]}
 """What megatron-core wants in a torch_dist checkpoint beside the tensors: its (empty) common state."""
+_LOCAL = threading.local()
 Advance = Callable[[int], None]
 
 
@@ -73,7 +76,7 @@ def plan_sharded(specs: Mapping[str, TensorSpec], folder: str) -> tuple[OutputFi
 def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: Advance) -> dict[str, Any]:
     """Write one file of a sharded checkpoint; the journal entry says where each chunk is."""
     records = []
-    with path.open("w+b") as stream:
+    with path.open("w+b", buffering=0) as stream:
         for span in file.spans:
             tensor = source.read(span.name, span.start, span.stop)
             tensor = (
@@ -81,7 +84,8 @@ def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: A
             )
             offset = stream.tell()
             archive = _CheckedStream(stream, path)
-            torch.save(tensor, archive)  # pyright: ignore[reportArgumentType] - it writes and tells, no more is used
+            torch.save(tensor, archive)  # pyright: ignore[reportArgumentType] - it writes and flushes
+            archive.close()
             if archive.error is not None:
                 raise archive.error
             records.append([span.name, span.start, list(tensor.shape), offset, stream.tell() - offset])
@@ -143,7 +147,7 @@ def write_safetensors(
     file: OutputFile, path: Path, source: TensorSource, header: bytes, advance: Advance
 ) -> dict[str, Any]:
     """Write one safetensors file under a given header."""
-    with path.open("w+b") as stream:
+    with path.open("w+b", buffering=0) as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         for span in file.spans:
             tensor = source.read(span.name, span.start, span.stop)
@@ -171,42 +175,66 @@ def make_header(names: list[str], specs: Mapping[str, TensorSpec]) -> bytes:
 
 
 class _CheckedStream:
-    """What `torch.save` writes to. An error is kept until the end: torch's archive writer cannot be left half-way."""
+    """What `torch.save` writes to. An error is kept until the end: torch's archive writer cannot be left half-way.
+
+    The archive's many small parts (headers, padding) are gathered, and only the elements are written on their own.
+    """
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self.stream, self.path = stream, path
         self.error: OSError | RunError | None = None
+        self.small = bytearray()
 
     def write(self, data: Any) -> int:
-        """Write, read back, compare."""
+        """Take bytes; write large ones at once."""
         view = memoryview(data).cast("B")
+        if len(view) < SMALL_BYTES:
+            self.small += view
+        else:
+            self.close()
+            self._write(view)
+        return len(view)
+
+    def close(self) -> None:
+        """Write what was gathered."""
+        self._write(memoryview(bytes(self.small)))
+        self.small.clear()
+
+    def flush(self) -> None:
+        """Torch calls it at its own end; `close` comes after."""
+
+    def _write(self, view: memoryview) -> None:
         if self.error is None:
             try:
                 _write_checked(self.stream, view, self.path)
             except (OSError, RunError) as error:
                 self.error = error
-        return len(view)
-
-    def flush(self) -> None:
-        """Every write is flushed already."""
 
 
 def _write_checked(stream: BinaryIO, data: memoryview, path: Path) -> None:
-    """Write, read back, compare."""
-    start = stream.tell()
-    stream.write(data)
-    stream.flush()
-    back = memoryview(bytearray(min(len(data), READ_BACK_BYTES)))
+    """Write, read back, compare: a little at a time, so that all three find the bytes in the processor's cache."""
+    handle, start = stream.fileno(), stream.tell()
+    back = memoryview(_scratch())
     for begin in range(0, len(data), READ_BACK_BYTES):
         part = data[begin : begin + READ_BACK_BYTES]
-        count = os.preadv(stream.fileno(), [back[: len(part)]], start + begin)
-        if count != len(part) or not _same_bytes(part, back[: len(part)]):
+        view = back[: len(part)]
+        written = os.pwrite(handle, part, start + begin)
+        if written != len(part):  # a disk that fills up takes a part, and says why at the next attempt
+            os.pwrite(handle, part[written:], start + begin + written)
+        if os.preadv(handle, [view], start + begin) != len(part) or not _same_bytes(part, view):
             raise RunError(
-                "what was written reads back differently",
-                where=str(path),
+                "what was written reads back differently", where=str(path),
                 got=f"a difference after byte {start + begin}",
                 fix="check the disk; nothing was put under the final name",
-            )
+            )  # fmt: skip
+    stream.seek(start + len(data))
+
+
+def _scratch() -> bytearray:
+    """One buffer for each thread."""
+    if not hasattr(_LOCAL, "buffer"):
+        _LOCAL.buffer = bytearray(READ_BACK_BYTES)
+    return _LOCAL.buffer
 
 
 def _same_bytes(left: memoryview, right: memoryview) -> bool:

@@ -28,7 +28,7 @@ def fine_tune(request: pytest.FixtureRequest, results_of: Callable[[Case], list[
     return result
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", FINE_TUNES, indirect=True)
 def test_answers_become_right_and_need_the_pictures(
     fine_tune: CaseResult, artifacts: Path, session_options: SessionOptions

@@ -112,7 +112,9 @@ def run_layouts(tmp_path: Path, num_processes: int, cases: list) -> None:
         assert not wrong + failed, (step["layout"], wrong)
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "moe", [pytest.param(False, id="dense"), pytest.param(True, id="moe", marks=pytest.mark.slow)]
+)
 def test_two_processes_round_trip_bit_for_bit(tmp_path: Path, moe: bool) -> None:
     run_layouts(tmp_path, 2, [case for case in TWO if case[0][1] == moe])
 
