@@ -61,6 +61,7 @@ CHECKPOINTS: dict[str, Steps] = {tiny_checkpoint_name(family): _tiny(family) for
 DATASETS: dict[str, Steps] = {
     "scenes": _drawn("scenes"),
     "scenes-audio": _drawn("scenes-audio"),
+    "colours": _drawn("colours"),
     "photos": _photographs,
 }
 

@@ -46,9 +46,9 @@ def synth(
         int, typer.Option(min=0, help="Held-out samples; never a scene of the training set.")
     ] = 128,
     preset: Annotated[
-        Literal["scenes", "scenes-audio", "fake-vl", "fake-omni"],
+        Literal["scenes", "scenes-audio", "colours", "fake-vl", "fake-omni"],
         typer.Option(
-            help="scenes: shapes to look at. fake-*: the seeds' demonstrations, one sample many times."
+            help="scenes: shapes to look at. colours: their colours alone. fake-*: the seeds' demonstrations, one sample many times."
         ),
     ] = "scenes",
     seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
