@@ -50,7 +50,7 @@ def run_8xh20(arguments: Sequence[str]) -> list[str]:
             "wrong number of arguments", where="run_8xH20", expected=" ".join(RUN_ARGUMENTS),
             got=f"{len(arguments)}: {' '.join(arguments)[:200]}",
         )  # fmt: skip
-    given = dict(zip(RUN_ARGUMENTS, arguments, strict=False))
+    given: dict[str, str] = dict(zip(RUN_ARGUMENTS, arguments, strict=False))
     for key in ("MG2HF", "USE_CUDA"):
         _choice(given, key, ("true", "false"))
     dtype = _choice(given, "PR", PRECISIONS)

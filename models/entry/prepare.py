@@ -48,7 +48,8 @@ def synth(
     preset: Annotated[
         Literal["scenes", "scenes-audio", "colours", "fake-vl", "fake-omni"],
         typer.Option(
-            help="scenes: shapes to look at. colours: their colours alone. fake-*: the seeds' demonstrations, one sample many times."
+            help="scenes: shapes to look at. colours: their colours alone. "
+            "fake-*: the seeds' demonstrations, one sample many times."
         ),
     ] = "scenes",
     seed: Annotated[int, typer.Option(help="Another seed draws other scenes.")] = 0,
