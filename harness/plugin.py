@@ -367,7 +367,6 @@ def verdict_text(result: CaseResult) -> str:
 
 
 def _open_state(config: pytest.Config) -> State:
-    from harness.hardware import probe_host
     from harness.session import BASELINES, REPORTS, SessionOptions, new_run_root
 
     option = config.option
@@ -379,7 +378,6 @@ def _open_state(config: pytest.Config) -> State:
         baseline_dir=option.baseline_dir or BASELINES,
         gate_mode=option.gate,
         time_budget_s=option.time_budget,
-        num_threads=max(1, probe_host().num_cores // option.jobs) if option.jobs > 1 else None,
         from_logs=option.from_logs,
     )
     return State(

@@ -94,7 +94,6 @@ def run(
     """
     options = machine.session_options(
         run_root=run_root, site_file=site, baseline_dir=baseline_dir, gate_mode=gate, time_budget_s=time_budget,
-        jobs=jobs,
     )  # fmt: skip
     raise typer.Exit(machine.run(cases or [], hw, options, jobs=jobs, report_dir=output))
 

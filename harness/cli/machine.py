@@ -27,7 +27,6 @@ def session_options(
     gate_mode: Any = "tost",
     policy_file: Path | None = None,
     time_budget_s: float | None = None,
-    jobs: int = 1,
 ) -> Any:
     """Options of a session from what the command line said."""
     from harness.session import BASELINES, SessionOptions, new_run_root
@@ -40,7 +39,6 @@ def session_options(
         policy_file=policy_file,
         gate_mode=gate_mode,
         time_budget_s=time_budget_s,
-        num_threads=max(1, probe_host().num_cores // jobs) if jobs > 1 else None,
     )
 
 
@@ -128,11 +126,11 @@ def run(names: list[str], hardware: str | None, options: Any, *, jobs: int, repo
 def smoke(run_root: Path | None, report_dir: Path | None, site_file: Path | None) -> int:
     """Run the smoke job; returns the worst verdict's exit code."""
     from harness.session import REPORTS
-    from harness.smoke import JOBS, TIME_BUDGET_S
+    from harness.smoke import TIME_BUDGET_S
     from harness.smoke import smoke as run_smoke
 
     start = time.monotonic()
-    options = session_options(run_root=run_root, site_file=site_file, time_budget_s=TIME_BUDGET_S, jobs=JOBS)
+    options = session_options(run_root=run_root, site_file=site_file, time_budget_s=TIME_BUDGET_S)
     code = run_smoke(options, report_dir or REPORTS / "smoke")
     typer.echo(f"{time.monotonic() - start:.0f} s, exit code {code}")
     return code

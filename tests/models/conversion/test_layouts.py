@@ -19,7 +19,7 @@ from models.conversion.tiny_config import tiny_config
 WORKER = Path(__file__).with_name("layout_worker.py")
 REPOSITORY = Path(__file__).parents[3]
 DENSE = (("qwen2_5_vl", False), ("qwen3_vl", False))
-MOE = (("qwen3_vl", True),)
+MOE = (("qwen3_vl", True), ("qwen3_omni", True))
 
 TWO = [
     (kind, layout)
