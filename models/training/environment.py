@@ -4,7 +4,6 @@
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ def describe_environment(device: torch.device, patches: tuple[str, ...]) -> dict
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "patches": list(patches),
-        "executable": sys.executable,
     }
 
 
