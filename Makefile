@@ -2,6 +2,9 @@
 # make smoke   the main job on tiny models: convert, fine-tune 500 iterations, grade, report
 # make test    format, lint, types, import layers, tests
 # make slow    the wider test matrix that `make test` leaves out
+# make detection   plant every fault, grade healthy runs: reports/detection.json (half an hour; stopped, it goes on)
+# make mutation    how many mutants of the gates and the statistics the tests kill (an hour)
+# make benchmark   how long judging takes, against its limits
 # make lock    write requirements.lock from the installed environment
 
 PYTHON := .venv/bin/python
@@ -10,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup smoke lint types layers unit test slow lock clean
+.PHONY: help setup smoke lint types layers unit test slow detection mutation benchmark lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -43,6 +46,16 @@ test: lint types layers unit
 
 slow: setup
 	$(PYTHON) -m pytest -m "slow and not gpu"
+
+detection: setup
+	$(PYTHON) -m suites.detection.run --jobs 2
+
+mutation: setup
+	.venv/bin/mutmut run
+	.venv/bin/mutmut export-cicd-stats && cat mutants/mutmut-cicd-stats.json
+
+benchmark: setup
+	$(PYTHON) -m benchmarks.judge
 
 lock:
 	{ echo '# Every package of a tested environment (Python 3.12, Linux x86-64); `make lock` writes it anew.'; \

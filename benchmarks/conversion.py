@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rate of converting a checkpoint of a published size with random weights, against `cp` of the same bytes.
 
-    python benchmarks/conversion.py --folder /scratch --size qwen2_5_vl_3b
+    python -m benchmarks.conversion --folder /scratch --size qwen2_5_vl_3b
 
 Writes about four times the size of the checkpoint into `--folder` and removes it afterwards. Both directions run in a
 process of their own, whose peak memory is what the kernel says. The page cache is warm for everything: what is compared
-is work on the same bytes, not the disk's mood; `cp` runs before and after, and the faster one counts.
+is work on the same bytes, not the disk's mood; `cp` runs before and after, and the faster one counts. Figures mean
+something on a machine that does nothing else: conversion writes, reads back and compares with two threads, `cp` copies
+with one. The published bridges cannot be timed beside it on a CPU: mcore-bridge 1.6.5 and megatron-bridge 0.6.2 import
+TransformerEngine before anything else.
 """
 
 import argparse
@@ -65,18 +68,18 @@ def make_checkpoint(folder: Path, size: str, num_layers: int | None) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def time_copy(source: Path, target: Path) -> float:
-    """Seconds that `cp -r` takes."""
+def time_copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds that `cp -r` takes, and its processor time."""
     os.sync()  # nobody pays for what was written before
-    started = time.monotonic()
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["cp", "-r", "--reflink=never", str(source), str(target)], check=True)
-    elapsed = time.monotonic() - started
+    elapsed, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     shutil.rmtree(target)
-    return elapsed
+    return elapsed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def run_conversion(*arguments: str) -> tuple[float, int]:
-    """Seconds and peak bytes of memory of one conversion in a process of its own."""
+def run_conversion(*arguments: str) -> tuple[float, int, float]:
+    """Seconds, peak bytes of memory and processor time of one conversion in a process of its own."""
     os.sync()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, *arguments],
@@ -88,8 +91,7 @@ def run_conversion(*arguments: str) -> tuple[float, int]:
     code, seconds, peak, cpu = done.stdout.strip().splitlines()[-1].split()
     if code != "0":
         raise SystemExit(done.stderr)
-    logger.info("%s: %s s of processor time", arguments[0], cpu)
-    return float(seconds), int(peak)
+    return float(seconds), int(peak), float(cpu)
 
 
 def main() -> None:
@@ -123,17 +125,24 @@ def main() -> None:
         same = subprocess.run(["diff", "-rq", str(source), str(root / "back")], check=False).returncode == 0
         shutil.rmtree(root / "back")
         copies.append(time_copy(source, root / "copy"))
-    copy_s = min(copies)
-    result = {"size": options.size, "num_bytes": num_bytes, "copy_s": copies, "round_trip_is_equal": same}
-    for name, (seconds, peak) in (("hf_to_megatron", there), ("megatron_to_hf", back)):
-        result[name] = {"seconds": seconds, "ratio_to_cp": copy_s / seconds, "peak_bytes": peak}
+    copy_s, copy_cpu = (min(column) for column in zip(*copies, strict=True))
+    result = {
+        "size": options.size, "num_bytes": num_bytes, "copy_s": [seconds for seconds, _ in copies],
+        "copy_cpu_s": copy_cpu, "load_average": os.getloadavg()[0], "round_trip_is_equal": same,
+    }  # fmt: skip
+    for name, (seconds, peak, cpu) in (("hf_to_megatron", there), ("megatron_to_hf", back)):
+        result[name] = {
+            "seconds": seconds, "ratio_to_cp": copy_s / seconds, "peak_bytes": peak, "cpu_s": cpu
+        }  # fmt: skip
         logger.info(
-            "%s: %.1f s, %.0f MB/s, %.0f%% of cp's rate, peak %.2f GB",
-            name, seconds, num_bytes / seconds / 1e6, 100 * copy_s / seconds, peak / 1e9,
+            "%s: %.1f s, %.0f MB/s, %.0f%% of cp's rate, peak %.2f GB, %.1f s of processor time",
+            name, seconds, num_bytes / seconds / 1e6, 100 * copy_s / seconds, peak / 1e9, cpu,
         )  # fmt: skip
     logger.info(
-        "cp: %s s for %.2f GB; round trip equal: %s", [round(s, 1) for s in copies], num_bytes / 1e9, same
-    )
+        "cp: %s s for %.2f GB, %.1f s of processor time; round trip equal: %s",
+        [round(seconds, 1) for seconds, _ in copies], num_bytes / 1e9, copy_cpu, same,
+    )  # fmt: skip
+    logger.info("load of the machine at the end: %.1f on %d cores", os.getloadavg()[0], os.cpu_count() or 1)
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     logger.info("(making the checkpoint took %.2f GB in this process)", own / 1e9)
     if options.out:

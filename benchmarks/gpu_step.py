@@ -234,6 +234,8 @@ def main() -> None:
     patches = nullcontext() if torch.cuda.is_available() else cpu_megatron()
     with patches:
         ceiling = matmul_ceiling() if torch.cuda.is_available() else 0.0
+        # Every case meets at a port of its own, where torchrun's store does not listen.
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         for number, options in enumerate(cases):
             os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", "29500")) + 1)
             try:

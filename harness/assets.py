@@ -33,9 +33,9 @@ def _tiny(family: str, *flags: str) -> Steps:
     return lambda path: [["models.entry.convert", "tiny", str(path), "--family", family, *flags]]
 
 
-def _drawn(preset: str) -> Steps:
-    # 500 steps of eight samples then meet no scene twice: what is learnt is looking, not the list
-    size = ["--train", "5000", "--workers", "2"]
+def _drawn(preset: str, *, num_train: int = 5000, workers: int = 2) -> Steps:
+    # so many that 500 steps meet no scene twice: what is learnt is looking, not the list
+    size = ["--train", str(num_train), "--workers", str(workers)]
     return lambda path: [["models.entry.prepare", "synth", "--preset", preset, *size, "--output", str(path)]]
 
 
@@ -56,12 +56,14 @@ def _photographs(path: Path) -> list[list[str]]:
 
 
 CHECKPOINTS: dict[str, Steps] = {tiny_checkpoint_name(family): _tiny(family) for family in FAMILIES} | {
-    "tiny-qwen3_vl_moe": _tiny("qwen3_vl", "--moe")
+    "tiny-qwen3_vl_moe": _tiny("qwen3_vl", "--moe"),
+    "sized-qwen3_vl_2b": _tiny("qwen3_vl", "--size", "qwen3_vl_2b", "--dtype", "bf16"),
 }
 DATASETS: dict[str, Steps] = {
     "scenes": _drawn("scenes"),
     "scenes-audio": _drawn("scenes-audio"),
-    "colours": _drawn("colours"),
+    "colours": _drawn("colours", num_train=3000),
+    "colours-40k": _drawn("colours", num_train=40_000, workers=8),
     "photos": _photographs,
 }
 

@@ -16,6 +16,7 @@ from harness.gates.plausibility import plausibility
 from harness.gates.sanity import sanity
 from harness.gates.throughput import published_arithmetic, published_throughput, throughput
 from harness.gates.trajectory import drift, shape
+from harness.gates.window import Window
 from harness.launch import classify_failure
 from harness.policy import Policy
 from harness.records.record import RunRecord
@@ -35,6 +36,7 @@ def grade(
     hardware: str | None = None,
     match_level: str | None = None,
     notes: tuple[str, ...] = (),
+    window: Window | None = None,
 ) -> Verdict:
     """Judge one run.
 
@@ -47,6 +49,7 @@ def grade(
         hardware: Class the run is claimed to be from; None takes what its own probe found.
         match_level: How the baseline was found; None works it out from the two keys.
         notes: What the look-up had to say.
+        window: Iterations that the end-window test compares; None takes the policy's last ones.
     """
     probed = hardware_of(record)
     claimed = hardware or probed
@@ -75,7 +78,7 @@ def grade(
             gates += _published_gates(record, baseline, policy, gate_mode)
         elif is_sound and pairing is not None:
             gates += _measured_gates(
-                record, baseline, policy, pairing, gate_mode, level=level, hardware=claimed
+                record, baseline, policy, pairing, gate_mode, level=level, hardware=claimed, window=window
             )
     names = _verdicts(record, baseline, gates, gate_mode, level)
     if not is_sound and baseline is not None and not is_published:
@@ -95,16 +98,28 @@ def grade(
 
 
 def compare(
-    record: RunRecord, reference: RunRecord, policy: Policy, *, gate_mode: GateMode = "tost"
+    record: RunRecord,
+    reference: RunRecord,
+    policy: Policy,
+    *,
+    gate_mode: GateMode = "tost",
+    window: Window | None = None,
 ) -> Verdict:
     """Judge one run against another as if that were its baseline, with a single run to learn noise from.
 
     The reference must be sound itself; otherwise the verdict is INVALID and says so.
     """
-    soundness = sanity(reference, policy, accept_excerpt=gate_mode == "literal")
-    if soundness.status == "invalid":
+    own = (
+        sanity(reference, policy, accept_excerpt=gate_mode == "literal"),
+        plausibility(reference, policy, hardware=hardware_of(reference)),
+    )
+    unsound = [gate for gate in own if gate.status == "invalid"]
+    if unsound:
         return Verdict(
-            name="INVALID", gates=(replace(soundness, summary=f"reference {reference.source}: {soundness.summary}"),),
+            name="INVALID",
+            gates=tuple(
+                replace(gate, summary=f"reference {reference.source}: {gate.summary}") for gate in unsound
+            ),
             notes=("the reference run is not sound: nothing was compared",),
         )  # fmt: skip
     info = reference.info
@@ -121,7 +136,7 @@ def compare(
             name="INVALID", notes=(f"the reference run cannot be compared with: {error.what}: {error.got}",)
         )
     note = "one reference run: noise from run to run is unknown and not in the intervals"
-    return grade(record, baseline, policy, gate_mode=gate_mode, notes=(note,))
+    return grade(record, baseline, policy, gate_mode=gate_mode, notes=(note,), window=window)
 
 
 def _environment(record: RunRecord, claimed: str | None, probed: str | None) -> list[GateResult]:
@@ -143,6 +158,7 @@ def _measured_gates(
     *,
     level: str,
     hardware: str | None,
+    window: Window | None,
 ) -> list[GateResult]:
     same = level != "other_hardware"
     gates: list[GateResult] = []
@@ -153,7 +169,7 @@ def _measured_gates(
                 record, baseline, policy, pairing, same_hardware=same and _same_device(record, baseline)
             ),
             first_steps(record, baseline, policy, pairing),
-            end_window(record, baseline, policy, pairing, factor=factor),
+            end_window(record, baseline, policy, pairing, factor=factor, window=window),
             literal(record, baseline, policy, blocks=mode == "literal"),
             drift(record, baseline, policy, pairing),
             shape(record, baseline, policy, pairing),

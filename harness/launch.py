@@ -11,6 +11,9 @@ The child writes the run directory; this module adds `launch.log` (everything th
     Ctrl-C or a termination signal                     interrupted
 
 An attempt that is retried is moved to `attempt-N/` inside the run directory, so nothing is lost.
+
+On several nodes every node launches the same command over a run directory that they share. The first one keeps the
+record; the others write `launch-node-N.log`. Nothing is retried there: the nodes would have to agree on it.
 """
 
 import contextlib
@@ -32,6 +35,7 @@ from typing import Any, Literal
 
 from harness.cases import Case
 from harness.hardware import REPOSITORY
+from models.contract.cluster import ONE_NODE, Cluster, processes_per_node
 from models.contract.errors import RunError
 from models.contract.record import METRICS_FILE, RUN_FILE
 
@@ -40,6 +44,8 @@ logger = logging.getLogger(__name__)
 LAUNCH_LOG = "launch.log"
 ATTEMPTS_FILE = "attempts.json"
 MAX_INFRA_RETRIES = 2
+RUN_VARIABLE = "QWEN_HARNESS_RUN_DIR"
+"""Marks every process of a launch, so that none outlives it."""
 GRACE_SECONDS = 40.0
 """Between asking a process group to stop and killing it; torchrun gives its workers 30."""
 
@@ -117,11 +123,22 @@ class Watch:
     """Set by another thread to stop as Ctrl-C would."""
 
 
-def train_command(recipe_file: Path, run_dir: Path, num_processes: int, site_file: Path | None) -> list[str]:
-    """Command line of one training run."""
+def train_command(
+    recipe_file: Path,
+    run_dir: Path,
+    num_processes: int,
+    site_file: Path | None,
+    cluster: Cluster = ONE_NODE,
+) -> list[str]:
+    """Command line of one training run, on this node.
+
+    Raises:
+        ConfigError: the processes do not divide over the nodes.
+    """
     site = ["--site", str(site_file)] if site_file else []
+    nodes = cluster.torchrun_arguments(processes_per_node(num_processes, cluster.num_nodes))
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes),
+        sys.executable, "-m", "torch.distributed.run", *nodes,
         "-m", "models.entry.train", "--recipe", str(recipe_file), "--run-dir", str(run_dir), *site,
     ]  # fmt: skip
 
@@ -133,14 +150,15 @@ def launch_case(
     site_file: Path | None = None,
     num_threads: int | None = None,
     watch: Watch | None = None,
+    cluster: Cluster = ONE_NODE,
 ) -> LaunchResult:
     """Train one case. `num_threads` limits the threads of each process on a CPU."""
-    command = train_command(case.recipe_file, run_dir, case.recipe.num_processes, site_file)
+    command = train_command(case.recipe_file, run_dir, case.recipe.num_processes, site_file, cluster)
     environment = child_environment(case.hardware, num_threads)
     if case.recipe.train.engine == "megatron" and case.hardware not in ("cpu", "b200"):
         # mcore's overlap of communication needs a single hardware queue before Blackwell; FSDP2 is slowed by it
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return launch(command, run_dir, environment=environment, watch=watch)
+    return launch(command, run_dir, environment=environment, watch=watch, cluster=cluster)
 
 
 def launch(
@@ -149,6 +167,7 @@ def launch(
     *,
     environment: dict[str, str] | None = None,
     watch: Watch | None = None,
+    cluster: Cluster = ONE_NODE,
 ) -> LaunchResult:
     """Run `command`, which writes `run_dir`, to its end; retry infrastructure failures before iteration 1.
 
@@ -156,7 +175,8 @@ def launch(
         RunError: `run_dir` already holds a run.
         KeyboardInterrupt: after the processes were stopped and the attempt was recorded.
     """
-    if (run_dir / RUN_FILE).exists() or (run_dir / ATTEMPTS_FILE).exists():
+    keeps_record = cluster.node_rank == 0
+    if keeps_record and ((run_dir / RUN_FILE).exists() or (run_dir / ATTEMPTS_FILE).exists()):
         raise RunError(
             "the run directory already holds a run",
             where=str(run_dir),
@@ -164,16 +184,20 @@ def launch(
             fix="choose another folder; results are never overwritten",
         )
     run_dir.mkdir(parents=True, exist_ok=True)
+    log = LAUNCH_LOG if keeps_record else f"launch-node-{cluster.node_rank}.log"
+    environment = (environment or dict(os.environ)) | {RUN_VARIABLE: str(run_dir)}
+    max_retries = MAX_INFRA_RETRIES if cluster.num_nodes == 1 else 0
     attempts: list[Attempt] = []
     while True:
         attempt, interrupt = _one_attempt(
-            command, run_dir, len(attempts) + 1, environment or dict(os.environ), watch or Watch()
+            command, run_dir, len(attempts) + 1, environment, watch or Watch(), log
         )
-        retry = attempt.kind == "infra" and len(attempts) < MAX_INFRA_RETRIES
+        retry = attempt.kind == "infra" and len(attempts) < max_retries
         if retry:
             attempt = _set_aside(run_dir, attempt)
         attempts.append(attempt)
-        _write_attempts(run_dir, attempts)
+        if keeps_record:
+            _write_attempts(run_dir, attempts)
         if interrupt is not None:
             raise interrupt
         if not retry:
@@ -254,11 +278,12 @@ def _one_attempt(
     number: int,
     environment: dict[str, str],
     watch: Watch,
+    log_name: str,
 ) -> tuple[Attempt, KeyboardInterrupt | None]:
     started_at, start = datetime.now(UTC), time.monotonic()
     interrupt: KeyboardInterrupt | None = None
     timed_out = False
-    with (run_dir / LAUNCH_LOG).open("ab") as log, _terminate_as_interrupt():
+    with (run_dir / log_name).open("ab") as log, _terminate_as_interrupt():
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -274,7 +299,8 @@ def _one_attempt(
             interrupt = error
         finally:
             _stop_group(process)
-    text = _tail(run_dir / LAUNCH_LOG)
+            _sweep(run_dir)
+    text = _tail(run_dir / log_name)
     last_iteration, phase = _how_far(run_dir)
     kind, reason = classify_failure(
         exit_code=process.returncode,
@@ -379,6 +405,19 @@ def _stop_group(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(children, timeout=GRACE_SECONDS)
+
+
+def _sweep(run_dir: Path) -> None:
+    """Kill what a launch left behind on this host: a killed rank cannot end the helpers that it had started."""
+    import psutil
+
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            if process.environ().get(RUN_VARIABLE) == str(run_dir) and process.pid != os.getpid():
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=GRACE_SECONDS)
 
 
 def _how_far(run_dir: Path) -> tuple[int, str]:

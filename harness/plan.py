@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a selection of cases would do: commands, device-hours, disk, missing inputs. Starts nothing."""
+"""What a selection of cases would do: commands, device-hours, memory, disk, missing inputs. Starts nothing."""
 
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +15,15 @@ from harness.cases import Case, missing_inputs
 from harness.devices import HARDWARE
 from harness.hardware import Probe, probe_host
 from harness.launch import train_command
-from harness.session import BASELINES
-from models.contract.errors import HarnessError
-from models.contract.families import load_architecture
-from models.contract.flops import megatron_flops
+from harness.session import BASELINES, RUNS
+from models.contract.architecture import Architecture
+from models.contract.errors import ConfigError
+from models.contract.families import load_architecture, published_architecture, published_name
 from models.contract.layout import check_layout
+from models.contract.plan import SHARE_OF_PEAK, TrainingPlan, checkpoint_bytes, plan_training
+from models.contract.run_rules import check_run
 from models.contract.site import Site
 
-ASSUMED_SHARE_OF_PEAK = 0.4
-"""Share of the dense peak that an estimate assumes where no baseline says how long a step takes."""
-BYTES_PER_PARAMETER = 14
-"""One checkpoint with optimizer: bf16 weights (2), fp32 master weights and two moments (12)."""
 METRICS_BYTES_PER_ITERATION = 1200
 
 
@@ -38,9 +37,15 @@ class PlannedCase:
     device_hours_from: str
     """`baseline`, `estimate`, or why there is none."""
     disk_gib: float | None
+    free_gib: float
+    """Free where runs are written."""
+    training: TrainingPlan | None
+    """Memory and work; None where nothing says how large the model is, or the class has no device memory."""
+    sizes_from: str
+    """Where the model's sizes were read."""
     missing: tuple[str, ...]
     refused: tuple[str, ...]
-    """Rules that the layout breaks for this model; empty where the checkpoint is not here to ask."""
+    """What cannot run: rules that the layout breaks for this model, device memory, disk."""
     runs_here: bool
 
 
@@ -50,27 +55,32 @@ def plan_case(
     """Work out what one case would take."""
     probe = probe or probe_host()
     missing = missing_inputs(case, site)
-    step_ms, source = _step_time(case, site, baselines)
+    architecture, sizes_from = _architecture(case, site)
+    training = _training(case, architecture)
+    step_ms, source = _step_time(case, baselines, training)
     iterations, devices = case.recipe.train.train_iters, case.recipe.num_processes
     folder = f"runs/TIME/{case.suite}/{case.name}@{case.hardware}"
+    disk, free = _disk_gib(case, architecture), _free_gib(RUNS)
     return PlannedCase(
         case=case,
         command=["python", *train_command(case.recipe_file, Path(folder), devices, None)[1:]],
         device_hours=None if step_ms is None else iterations * step_ms / 3.6e6 * devices,
         device_hours_from=source,
-        disk_gib=_disk_gib(case, site),
+        disk_gib=disk,
+        free_gib=free,
+        training=training,
+        sizes_from=sizes_from,
         missing=tuple(
             f"{item.kind} '{item.name}' at {item.path}: " + ("made on the spot" if maker(item) else item.fix)
             for item in missing
         ),
-        refused=_refused(case, site),
+        refused=_refused(case, architecture, training, disk, free if probe.has(case.hardware) else None),
         runs_here=probe.has(case.hardware),
     )
 
 
-def plan_text(cases: list[Case], site: Site, *, baselines: Path = BASELINES) -> str:
+def plan_text(planned: list[PlannedCase]) -> str:
     """The plan for people."""
-    planned = [plan_case(case, site, baselines=baselines) for case in cases]
     lines = [f"{len(planned)} case(s); this host: {probe_host().describe()}", ""]
     for row in planned:
         hours = "unknown" if row.device_hours is None else f"{row.device_hours:.2f}"
@@ -78,11 +88,14 @@ def plan_text(cases: list[Case], site: Site, *, baselines: Path = BASELINES) -> 
         lines += [
             f"{row.case.id}",
             f"  runs here:    {'yes' if row.runs_here else f'no, needs {HARDWARE[row.case.hardware].title}'}",
-            f"  devices:      {row.case.recipe.num_processes}",
+            f"  devices:      {row.case.recipe.num_processes}, {_layout(row.case)}",
             f"  device-hours: {hours} ({row.device_hours_from})",
-            f"  disk:         {disk}",
+            f"  disk:         {disk}; {row.free_gib:.0f} GiB free here",
             f"  command:      {shlex.join(row.command)}",
         ]
+        if row.training is not None:
+            lines += [f"  {text}" for text in row.training.lines()]
+        lines += [f"  sizes:        {row.sizes_from}"]
         lines += [f"  missing:      {text}" for text in row.missing]
         lines += [f"  refused:      {text}" for text in row.refused]
     known = [row.device_hours for row in planned if row.device_hours is not None]
@@ -90,48 +103,102 @@ def plan_text(cases: list[Case], site: Site, *, baselines: Path = BASELINES) -> 
     return "\n".join(lines)
 
 
-def _refused(case: Case, site: Site) -> tuple[str, ...]:
-    try:
-        architecture = load_architecture(site.checkpoint(case.recipe.model.checkpoint))
-    except HarnessError:
-        return ()
-    return tuple(str(problem) for problem in check_layout(architecture, case.recipe))
+def require_possible(planned: list[PlannedCase]) -> None:
+    """Refuse a selection that holds what cannot run.
+
+    Raises:
+        ConfigError: it names every such case; what is wrong with it, and the smallest change, is in its plan.
+    """
+    refused = [row for row in planned if row.refused]
+    if refused:
+        raise ConfigError(
+            f"{len(refused)} case(s) cannot run as they are",
+            where=", ".join(row.case.id for row in refused),
+            got="; ".join(text for row in refused for text in row.refused)[:2000],
+            fix="change the keys named above, or choose another class",
+        )
 
 
-def _step_time(case: Case, site: Site, baselines: Path) -> tuple[float | None, str]:
+def _layout(case: Case) -> str:
+    """The layout in one phrase."""
+    parallel = case.recipe.parallel
+    sizes = {
+        "tp": parallel.tensor_model_parallel_size, "pp": parallel.pipeline_model_parallel_size,
+        "cp": parallel.context_parallel_size, "ep": parallel.expert_model_parallel_size,
+        "dp": case.recipe.data_parallel_size,
+    }  # fmt: skip
+    text = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "dp")
+    return f"{text}, {case.recipe.num_microbatches} micro-batch(es) of {case.recipe.train.micro_batch_size}"
+
+
+def _architecture(case: Case, site: Site) -> tuple[Architecture | None, str]:
+    """Sizes of the case's model, and where they come from: its checkpoint, else a published size of that name."""
+    name = case.recipe.model.checkpoint
+    folder = site.checkpoint(name)
+    if (folder / "config.json").is_file():
+        return load_architecture(folder), str(folder / "config.json")
+    published = published_name(name)
+    if published is None:
+        return None, "unknown: the checkpoint is not here, and its name is no published size"
+    return published_architecture(published), f"published {published}: the checkpoint is not here"
+
+
+def _training(case: Case, architecture: Architecture | None) -> TrainingPlan | None:
+    row = HARDWARE[case.hardware]
+    if architecture is None or row.memory_gib is None:
+        return None
+    return plan_training(case.recipe, architecture, memory_gib=row.memory_gib, bf16_tflops=row.bf16_tflops)
+
+
+def _refused(
+    case: Case,
+    architecture: Architecture | None,
+    training: TrainingPlan | None,
+    disk_gib: float | None,
+    free_gib: float | None,
+) -> tuple[str, ...]:
+    problems = (
+        check_run(case.recipe, hardware=case.hardware)
+        if architecture is None
+        else check_layout(architecture, case.recipe, hardware=case.hardware)
+    )
+    refused = [str(problem) for problem in problems]
+    if training is not None and not training.fits:
+        refused.append(training.misfit())
+    if disk_gib is not None and free_gib is not None and disk_gib > free_gib:
+        refused.append(
+            f"checkpoints need {disk_gib:.1f} GiB and {free_gib:.1f} GiB are free "
+            "(free some, choose another --run-root, or lower checkpoint.keep_last)"
+        )
+    return tuple(refused)
+
+
+def _step_time(case: Case, baselines: Path, training: TrainingPlan | None) -> tuple[float | None, str]:
     key = BaselineKey(suite=case.suite, case=case.name, recipe_sha="", hardware=case.hardware)
     path = baseline_path(baselines, key)
     if path.is_file():
         frames = load_baseline(path).frames()
         medians = [float(np.median(frame["step_time_ms"].to_numpy(dtype=float))) for frame in frames]
         return float(np.mean(medians)), "baseline"
-    peak = HARDWARE[case.hardware].bf16_tflops
-    if peak is None:
+    if training is None:
+        return None, "no baseline, and no sizes or no device to estimate from"
+    if training.expected_step_time_s is None:
         return None, "no baseline, and no peak to estimate from"
-    try:
-        text = load_architecture(site.checkpoint(case.recipe.model.checkpoint)).text
-    except HarnessError:
-        return None, "no baseline, and the checkpoint is not here to estimate from"
-    train = case.recipe.train
-    flops = megatron_flops(
-        text, num_sequences=train.global_batch_size, seq_length=case.recipe.data.seq_length
-    )
-    per_device = flops / case.recipe.num_processes
-    return per_device / (
-        ASSUMED_SHARE_OF_PEAK * peak * 1e12
-    ) * 1e3, f"estimate at {ASSUMED_SHARE_OF_PEAK:.0%} of peak"
+    return training.expected_step_time_s * 1e3, f"estimate at {SHARE_OF_PEAK:.0%} of peak"
 
 
-def _disk_gib(case: Case, site: Site) -> float | None:
-    """Checkpoints the run keeps, with optimizer where the recipe saves it, and its metrics."""
+def _disk_gib(case: Case, architecture: Architecture | None) -> float | None:
+    """Checkpoints that lie on disk at once, one more than is kept while one is written, and the metrics."""
     kept = case.recipe.checkpoint
     metrics = case.recipe.train.train_iters * METRICS_BYTES_PER_ITERATION
     if not (kept.save_final or kept.save_interval):
         return metrics / 2**30
-    weights = sum(
-        file.stat().st_size for file in site.checkpoint(case.recipe.model.checkpoint).glob("*.safetensors")
-    )
-    if not weights:
+    if architecture is None:
         return None
-    one = weights / 2 * (BYTES_PER_PARAMETER if kept.save_optimizer else 2)
-    return ((kept.keep_last if kept.save_interval else 1) * one + metrics) / 2**30
+    at_once = kept.keep_last + 1 if kept.save_interval else 1
+    return (at_once * checkpoint_bytes(case.recipe, architecture) + metrics) / 2**30
+
+
+def _free_gib(folder: Path) -> float:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(there).free / 2**30

@@ -88,6 +88,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what decides about the loss: the end window's equivalence test, the single last point, or nothing",
     )
     group.addoption(
+        "--window",
+        metavar="FIRST:LAST",
+        help="iterations of the end-window test, or how many of the last (default: the policy's last 50)",
+    )
+    group.addoption(
         "--repeats", type=int, default=1, metavar="N", help="launches of each case; all are judged"
     )
     group.addoption(
@@ -210,10 +215,11 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
                 _report_error(config, item, config.stash[MISMATCH])
         return True
     if config.option.plan:
-        from harness.plan import plan_text
+        from harness.plan import plan_case, plan_text
 
         cases = [case for item in session.items if (case := _case_of(item))]
-        config.get_terminal_writer().write("\n" + plan_text(_unique(cases), _site(config)) + "\n")
+        planned = [plan_case(case, _site(config)) for case in _unique(cases)]
+        config.get_terminal_writer().write("\n" + plan_text(planned) + "\n")
         return True
     return None
 
@@ -377,6 +383,7 @@ def _open_state(config: pytest.Config) -> State:
         site_file=option.site,
         baseline_dir=option.baseline_dir or BASELINES,
         gate_mode=option.gate,
+        window=_window(option.window),
         time_budget_s=option.time_budget,
         from_logs=option.from_logs,
     )
@@ -391,6 +398,16 @@ def _open_state(config: pytest.Config) -> State:
     )
 
 
+def _window(text: str | None) -> tuple[int, int] | None:
+    from harness.gates.window import parse_window
+    from models.contract.errors import HarnessError
+
+    try:
+        return parse_window(text) if text else None
+    except HarnessError as error:
+        raise pytest.UsageError(_with_notes(error)) from None
+
+
 def _site(config: pytest.Config) -> Any:
     from models.contract.errors import HarnessError
     from models.contract.site import load_site
@@ -403,18 +420,18 @@ def _site(config: pytest.Config) -> Any:
 
 def _results(state: State, case: Case, request: pytest.FixtureRequest) -> list[CaseResult]:
     """Results of a case, launched at most once a session; CPU cases side by side when asked for."""
+    side_by_side = state.jobs > 1 and case.hardware == "cpu" and state.options.from_logs is None
+    if case.id not in state.futures and side_by_side:
+        _submit_all(state, request.session.items)
     if case.id not in state.futures:
-        if state.jobs > 1 and case.hardware == "cpu" and state.options.from_logs is None:
-            _submit_all(state, request.session.items)
-        else:
-            future: Future[list[CaseResult]] = Future()
-            state.futures[case.id] = future
-            try:
-                graded = _is_graded(case, request.session.items)
-                future.set_result(_launch(state, case, _progress_line(request.config, case), graded))
-            except BaseException as error:
-                future.set_exception(error)
-                raise
+        future: Future[list[CaseResult]] = Future()
+        state.futures[case.id] = future
+        try:
+            graded = _is_graded(case, request.session.items)
+            future.set_result(_launch(state, case, _progress_line(request.config, case), graded))
+        except BaseException as error:
+            future.set_exception(error)
+            raise
     try:
         results = state.futures[case.id].result()
     except KeyboardInterrupt:

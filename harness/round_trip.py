@@ -10,7 +10,9 @@ from harness.assets import run_program
 from harness.report.collect import CONVERSION_FILE
 
 
-def round_trip(source: Path, work: Path, artifacts: Path, *, name: str) -> dict[str, Any]:
+def round_trip(
+    source: Path, work: Path, artifacts: Path, *, name: str, logits: bool = False
+) -> dict[str, Any]:
     """Hugging Face → torch_dist → Hugging Face, compared tensor by tensor.
 
     Args:
@@ -18,6 +20,7 @@ def round_trip(source: Path, work: Path, artifacts: Path, *, name: str) -> dict[
         work: Folder for the two conversions; must not exist, and is removed when the result is equal.
         artifacts: Folder that gets `conversion.json`.
         name: Name of the checkpoint in the report.
+        logits: Also run the torch_dist checkpoint beside transformers on a fixed multimodal batch.
 
     Returns: the content of `conversion.json`: is_equal, num_tensors, num_equal, different, missing, unexpected, …
 
@@ -31,6 +34,12 @@ def round_trip(source: Path, work: Path, artifacts: Path, *, name: str) -> dict[
     run_program(["models.entry.convert", "megatron-to-hf", str(megatron), str(back), "--hf", str(source)])
     run_program(["models.entry.convert", "verify", str(source), str(back), "--out", str(result)])
     data = {**json.loads(result.read_text(encoding="utf-8")), "name": name}
+    if logits:
+        said = work / "logits.json"
+        run_program(
+            ["models.entry.convert", "verify", str(source), str(megatron), "--logits", "--out", str(said)]
+        )
+        data["logits"] = json.loads(said.read_text(encoding="utf-8"))["logits"]
     result.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
     return data

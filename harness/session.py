@@ -28,8 +28,9 @@ from harness.hardware import REPOSITORY
 from harness.launch import LaunchResult, Watch, launch_case
 from harness.policy import Policy, load_policy
 from harness.records import RunRecord, load_record
-from harness.report.collect import GRADING_FILE, VERDICT_FILE
+from harness.report.collect import GRADING_FILE, VERDICT_FILE, read_json
 from harness.verdict import Verdict, verdict_of_gates
+from models.contract.cluster import ONE_NODE, Cluster
 from models.contract.errors import RunError
 from models.contract.record import METRICS_FILE, RUN_FILE
 from models.contract.site import Site
@@ -51,9 +52,12 @@ class SessionOptions:
     policy_file: Path | None = None
     gate_mode: GateMode = "tost"
     window: tuple[int, int] | None = None
+    """Iterations of the end-window test; None takes the policy's."""
     time_budget_s: float | None = None
     num_threads: int | None = None
     """Threads of each process of a CPU case; None shares the cores out among the processes."""
+    cluster: Cluster = ONE_NODE
+    """The nodes of every launch, seen from this one."""
     from_logs: Path | None = None
     """Grade what is there instead of training."""
 
@@ -118,8 +122,15 @@ def run_case(
     run_dir = run_directory(case, options, number)
     watch = watch or Watch(time_budget_s=options.time_budget_s)
     launched = launch_case(
-        case, run_dir, site_file=options.site_file, num_threads=_threads(case, options), watch=watch
-    )
+        case, run_dir, site_file=options.site_file, num_threads=_threads(case, options), watch=watch,
+        cluster=options.cluster,
+    )  # fmt: skip
+    if options.cluster.node_rank > 0:  # the first node judges
+        name = "PASS" if launched.completed else "INVALID"
+        return CaseResult(
+            case=case, run_dir=run_dir, launched=launched,
+            verdict=Verdict(name=name, notes=("judged on the first node", launched.last.reason)),
+        )  # fmt: skip
     if not launched.completed and launched.last.last_iteration == 0:
         # Nothing was measured: what the launcher saw is the whole answer.
         name = "INFRA_ERROR" if launched.last.kind == "infra" else "INVALID"
@@ -155,6 +166,7 @@ def grade_record(
         hardware=hardware,
         match_level=match.level,
         notes=match.notes,
+        window=options.window,
     )
     return Graded(record=record, match=match, verdict=verdict)
 
@@ -177,7 +189,7 @@ def write_grading(run_dir: Path, graded: Graded, *, case: Case | None, gate_mode
     file = run_dir / GRADING_FILE
     facts = _case_facts(case, gate_mode)
     if case is None and file.is_file():
-        facts |= {key: value for key, value in json.loads(file.read_text()).items() if key in _CASE_KEYS}
+        facts |= {key: value for key, value in read_json(file).items() if key in _CASE_KEYS}
     baseline = graded.match.baseline
     _write_json(run_dir / VERDICT_FILE, graded.verdict.to_dict())
     _write_json(

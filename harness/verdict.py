@@ -82,7 +82,7 @@ class GateResult:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Read back what :meth:`to_dict` wrote. Raises ConfigError naming unknown or missing keys."""
-        _check_keys(data, cls, where=f"gate {data.get('gate', '?')}")
+        _check_keys(data, cls)
         if data["status"] not in get_args(GateStatus):
             raise ConfigError("unknown gate status", where=str(data["gate"]), got=repr(data["status"]))
         values = {**data, "interval": _pair(data["interval"]), "margin": _pair(data["margin"])}
@@ -126,7 +126,13 @@ class Verdict:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Read back what :meth:`to_dict` wrote. Raises ConfigError for a foreign or newer file."""
         known = {item.name for item in fields(cls)} | {"exit_code"}
-        if set(data) != known or data["name"] not in EXIT_CODES:
+        if (
+            set(data) != known
+            or not isinstance(data["name"], str)
+            or data["name"] not in EXIT_CODES
+            or not isinstance(data["gates"], list)
+            or not isinstance(data["notes"], list)
+        ):
             raise ConfigError(
                 "not a verdict of this version",
                 expected=f"keys {', '.join(sorted(known))}",
@@ -171,14 +177,13 @@ def verdict_of_gates(gates: Iterable[GateResult], *, improved: bool = False) -> 
     return "PASS_IMPROVED" if improved else "PASS"
 
 
-def _check_keys(data: dict[str, Any], cls: type[GateResult], *, where: str) -> None:
+def _check_keys(data: Any, cls: type[GateResult]) -> None:
     known = {item.name for item in fields(cls)}
-    if set(data) != known:
+    if not isinstance(data, dict) or set(data) != known:
         raise ConfigError(
             "not a gate result of this version",
-            where=where,
             expected=f"keys {', '.join(sorted(known))}",
-            got=f"keys {', '.join(sorted(data))}",
+            got=f"keys {', '.join(sorted(data))}" if isinstance(data, dict) else repr(data)[:80],
             fix="grade the run again",
         )
 

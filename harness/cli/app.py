@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs that run in this process: planning, running, judging, reporting. None of them imports torch."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from harness.cli import baseline, judge, machine
+from harness.cli import baseline, compat, judge, machine
+from models.contract.cluster import read_cluster
 
 GateOption = Literal["tost", "literal", "off"]
+SchedulerOption = Literal["dsw", "dlc", "slurm", "hosts"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +23,7 @@ app = typer.Typer(
     "15 infrastructure · 2 usage · 3 bad input · 130 interrupted",
 )
 app.add_typer(baseline.app, name="baseline")
+app.add_typer(compat.app, name="compat")
 
 CasesArgument = Annotated[
     list[str] | None,
@@ -28,7 +32,8 @@ CasesArgument = Annotated[
     ),
 ]
 HardwareOption = Annotated[
-    str | None, typer.Option("--hw", metavar="CLASS", help="Only cases of this hardware class.")
+    str | None,
+    typer.Option("--hw", "--hardware", metavar="CLASS", help="Only cases of this hardware class."),
 ]
 SiteOption = Annotated[
     Path | None,
@@ -42,6 +47,14 @@ GateModeOption = Annotated[
     GateOption,
     typer.Option(
         "--gate", help="What decides about the loss: equivalence test, single last point, or nothing."
+    ),
+]
+WindowOption = Annotated[
+    str | None,
+    typer.Option(
+        "--window",
+        metavar="FIRST:LAST",
+        help="Iterations of the end-window test, or how many of the last (default: the policy's last 50).",
     ),
 ]
 PolicyOption = Annotated[
@@ -62,11 +75,16 @@ def doctor(site: SiteOption = None, json: JsonOption = False) -> None:
 
 @app.command()
 def plan(cases: CasesArgument = None, hw: HardwareOption = None, site: SiteOption = None) -> None:
-    """Print what would run: commands, device-hours, disk, missing inputs. Starts nothing.
+    """Print what would run: commands, device-hours, memory a device, disk, missing inputs. Starts nothing.
+
+    A recipe file or case that cannot run ends in exit code 3, with the smallest change that fits. A recipe file is
+    planned for any class.
 
     Example: `qwen-harness plan convergence --hw h20`
+
+    Example: `qwen-harness plan my_recipe.toml --hardware h200`
     """
-    typer.echo(machine.plan(cases or [], hw, site))
+    machine.plan(cases or [], hw, site)
 
 
 @app.command()
@@ -85,15 +103,34 @@ def run(
         typer.Option("--output", "-o", metavar="DIR", help="Folder of the report (default: reports/TIME)."),
     ] = None,
     gate: GateModeOption = "tost",
+    window: WindowOption = None,
     baseline_dir: BaselineDirOption = None,
+    scheduler: Annotated[
+        SchedulerOption,
+        typer.Option(
+            help="Where the nodes are: `dsw` this one; `dlc` WORLD_SIZE and RANK count nodes; `slurm`; `hosts` --hosts."
+        ),
+    ] = "dsw",
+    hosts: Annotated[
+        str, typer.Option(metavar="A,B", help="Hosts of the run, the first leads; for `--scheduler hosts`.")
+    ] = "",
+    this_host: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which of them this is (default: its host name).")
+    ] = None,
     site: SiteOption = None,
 ) -> None:
     """Train cases, judge them, build the report.
 
+    On several nodes, start the same command on each, with a `--run-root` that they share; the first node judges.
+
     Example: `qwen-harness run convergence --hw cpu --jobs 2`
+
+    Example: `srun --ntasks-per-node 1 qwen-harness run recipe.toml --hw h200 --scheduler slurm --run-root /shared/run`
     """
+    names = tuple(filter(None, (name.strip() for name in hosts.split(","))))
     options = machine.session_options(
-        run_root=run_root, site_file=site, baseline_dir=baseline_dir, gate_mode=gate, time_budget_s=time_budget,
+        run_root=run_root, site_file=site, baseline_dir=baseline_dir, gate_mode=gate, window=window,
+        time_budget_s=time_budget, cluster=read_cluster(scheduler, os.environ, hosts=names, this_host=this_host),
     )  # fmt: skip
     raise typer.Exit(machine.run(cases or [], hw, options, jobs=jobs, report_dir=output))
 
@@ -129,6 +166,7 @@ def grade(
         str | None, typer.Option("--hw", metavar="CLASS", help="Hardware class the run claims.")
     ] = None,
     gate: GateModeOption = "tost",
+    window: WindowOption = None,
     against: Annotated[
         Path | None,
         typer.Option("--baseline", metavar="FILE", help="Compare with this baseline, whatever fits else."),
@@ -145,7 +183,9 @@ def grade(
     Example: `qwen-harness grade --from-log train.log --gate literal`
     """
     source = judge.one_of(run_or_log, from_log)
-    options = machine.session_options(baseline_dir=baseline_dir, gate_mode=gate, policy_file=policy)
+    options = machine.session_options(
+        baseline_dir=baseline_dir, gate_mode=gate, window=window, policy_file=policy
+    )
     raise typer.Exit(
         judge.grade_path(source, options, hardware=hw, against=against, write=write, as_json=json)
     )
@@ -158,6 +198,7 @@ def compare(
     ],
     run_b: Annotated[Path, typer.Argument(metavar="B", help="Run to compare with.")],
     gate: GateModeOption = "tost",
+    window: WindowOption = None,
     policy: PolicyOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -165,7 +206,38 @@ def compare(
 
     Example: `qwen-harness compare runs/new runs/old`
     """
-    raise typer.Exit(judge.compare_paths(run_a, run_b, gate_mode=gate, policy_file=policy, as_json=json))
+    raise typer.Exit(
+        judge.compare_paths(run_a, run_b, gate_mode=gate, window=window, policy_file=policy, as_json=json)
+    )
+
+
+@app.command()
+def diverge(
+    run_a: Annotated[
+        Path, typer.Argument(metavar="A", help="Run directory, which is read, or recipe, which is trained.")
+    ],
+    run_b: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
+    steps: Annotated[int, typer.Option(min=1, help="Iterations that a recipe is trained for.")] = 3,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Relative distance that counts as equal (default: 1e-4 in fp32, 3e-2 in bf16)."),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of what is trained (default: runs/diverge-TIME)."),
+    ] = None,
+    site: SiteOption = None,
+) -> None:
+    """Name the first step, module and tensor where two runs part, forward and backward. Exit code 10 if they do.
+
+    The runs may be two engines, two layouts or two commits. The step where their metrics part is trained once more on
+    both sides, with its tensors recorded; a run that was trained with `--trace` there is read as it is.
+
+    Example: `qwen-harness diverge suites/cross_engine/tiny_qwen3_vl.toml suites/cross_engine/tiny_qwen3_vl_fsdp2.toml`
+
+    Example: `qwen-harness diverge runs/before runs/after`
+    """
+    raise typer.Exit(machine.diverge(run_a, run_b, work, steps=steps, tolerance=tolerance, site_file=site))
 
 
 @app.command()

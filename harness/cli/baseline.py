@@ -129,14 +129,12 @@ def _case_of(runs: list[Path], named: str | None) -> tuple[str, str]:
         if not (suite and slash and name):
             raise ConfigError("not a case", expected="SUITE/NAME", got=named)
         return suite, name
-    import json
-
-    from harness.report.collect import GRADING_FILE
+    from harness.report.collect import GRADING_FILE, read_json
 
     found = set()
     for run in runs:
         file = run / GRADING_FILE
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        facts: dict[str, Any] = read_json(file) if file.is_file() else {}
         found.add(
             (str(facts.get("suite") or ""), str(facts.get("case") or "").partition("/")[2].partition("@")[0])
         )

@@ -53,15 +53,17 @@ def grade_path(
 
 
 def compare_paths(
-    run_a: Path, run_b: Path, *, gate_mode: Any, policy_file: Path | None, as_json: bool
+    run_a: Path, run_b: Path, *, gate_mode: Any, window: str | None, policy_file: Path | None, as_json: bool
 ) -> int:
     """Judge one record against another, print the verdict, return its exit code."""
+    from harness.gates.window import parse_window
     from harness.grading import compare
     from harness.policy import load_policy
     from harness.records import load_record
 
+    wanted = parse_window(window) if window is not None else None
     policy = load_policy(policy_file) if policy_file else load_policy()
-    verdict = compare(load_record(run_a), load_record(run_b), policy, gate_mode=gate_mode)
+    verdict = compare(load_record(run_a), load_record(run_b), policy, gate_mode=gate_mode, window=wanted)
     _print(verdict, source=f"{run_a} against {run_b}", as_json=as_json)
     return verdict.exit_code
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ import typer
 from harness.cases import SUITES, Case, cases_of_recipe, discover
 from harness.devices import hardware_class
 from harness.hardware import check_claim, environment_fingerprint, probe_host
+from models.contract.cluster import ONE_NODE, Cluster, processes_per_node
 from models.contract.errors import ConfigError
 from models.contract.site import load_site
 
@@ -25,12 +27,25 @@ def session_options(
     site_file: Path | None = None,
     baseline_dir: Path | None = None,
     gate_mode: Any = "tost",
+    window: str | None = None,
     policy_file: Path | None = None,
     time_budget_s: float | None = None,
+    cluster: Cluster = ONE_NODE,
 ) -> Any:
-    """Options of a session from what the command line said."""
+    """Options of a session from what the command line said.
+
+    Raises:
+        ConfigError: several nodes without a folder that they share.
+    """
+    from harness.gates.window import parse_window
     from harness.session import BASELINES, SessionOptions, new_run_root
 
+    if cluster.num_nodes > 1 and run_root is None:
+        raise ConfigError(
+            "several nodes need one folder for the runs", where="--run-root",
+            expected="a folder on a disk that all nodes share, the same on each", got="the default, runs/TIME",
+            fix="name it on every node",
+        )  # fmt: skip
     return SessionOptions(
         run_root=(run_root or new_run_root()).absolute(),
         site=load_site(site_file),
@@ -38,7 +53,9 @@ def session_options(
         baseline_dir=baseline_dir or BASELINES,
         policy_file=policy_file,
         gate_mode=gate_mode,
+        window=parse_window(window) if window is not None else None,
         time_budget_s=time_budget_s,
+        cluster=cluster,
     )
 
 
@@ -75,11 +92,31 @@ def select(names: Iterable[str], hardware: str | None) -> list[Case]:
     return fitting
 
 
-def plan(names: list[str], hardware: str | None, site_file: Path | None) -> str:
-    """Text of the plan."""
-    from harness.plan import plan_text
+def plan(names: list[str], hardware: str | None, site_file: Path | None) -> None:
+    """Print the plan.
 
-    return plan_text(select(names, hardware), load_site(site_file))
+    Raises:
+        ConfigError: a recipe file or case that was named cannot run as it is.
+    """
+    from harness.plan import plan_case, plan_text, require_possible
+
+    site = load_site(site_file)
+    planned = [plan_case(case, site) for case in _planned(names, hardware)]
+    typer.echo(plan_text(planned))
+    if any(name.endswith(".toml") or "@" in name for name in names):
+        require_possible(planned)
+
+
+def _planned(names: list[str], hardware: str | None) -> list[Case]:
+    """The selection; a recipe file is planned for the class that was asked for, whether it lists that class or not."""
+    if hardware is not None:
+        hardware_class(hardware)
+    files = [name for name in names if name.endswith(".toml")]
+    if hardware is None or not files:
+        return select(names, hardware)
+    cases = [replace(cases_of_recipe(Path(file).absolute())[0], hardware=hardware) for file in files]
+    others = [name for name in names if name not in files]
+    return [*cases, *(select(others, hardware) if others else [])]
 
 
 def run(names: list[str], hardware: str | None, options: Any, *, jobs: int, report_dir: Path | None) -> int:
@@ -98,7 +135,8 @@ def run(names: list[str], hardware: str | None, options: Any, *, jobs: int, repo
     cases = select(names, hardware)
     if names or hardware:
         for case in cases:
-            check_claim(case.hardware, probe, num_devices=case.recipe.num_processes)
+            here = processes_per_node(case.recipe.num_processes, options.cluster.num_nodes)
+            check_claim(case.hardware, probe, num_devices=here)
     else:
         cases = [case for case in cases if probe.has(case.hardware)]
     ensure(cases, options.site)
@@ -119,8 +157,31 @@ def run(names: list[str], hardware: str | None, options: Any, *, jobs: int, repo
             raise
     for result in results:
         typer.echo(f"{result.verdict.name:<14}{result.case.id}: {decided_by(result.verdict.gates)}")
-    typer.echo(f"report: {build_report([options.run_root], report_dir or REPORTS / options.run_root.name)}")
+    if options.cluster.node_rank == 0:
+        typer.echo(
+            f"report: {build_report([options.run_root], report_dir or REPORTS / options.run_root.name)}"
+        )
     return EXIT_CODES[worst(result.verdict.name for result in results)]
+
+
+def diverge(
+    run_a: Path,
+    run_b: Path,
+    work: Path | None,
+    *,
+    steps: int,
+    tolerance: float | None,
+    site_file: Path | None,
+) -> int:
+    """Print where two runs part; 0 when they do not, 10 when they do."""
+    from harness.diverge import diverge as find
+    from harness.session import RUNS, new_run_root
+    from harness.verdict import EXIT_CODES
+
+    folder = work or RUNS / f"diverge-{new_run_root().name}"
+    found = find(run_a, run_b, folder, steps=steps, tolerance=tolerance, site_file=site_file)
+    typer.echo("\n".join(found.lines()))
+    return EXIT_CODES["REGRESSION" if found.parts else "PASS"]
 
 
 def smoke(run_root: Path | None, report_dir: Path | None, site_file: Path | None) -> int:

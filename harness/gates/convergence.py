@@ -21,6 +21,7 @@ import numpy as np
 
 from harness import statistics
 from harness.gates.pairing import Pairing, paired_log_ratios
+from harness.gates.window import MIN_WINDOW, Window, rows_of_window, window_text
 from harness.verdict import GateResult, GateStatus
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def first_forward(
         parts.append(("baseline", float(paired_log_ratios(record, baseline, "lm_loss")[0]), margin))
     if record.has(HF_LOSS_COLUMN):
         reference = float(record.values(HF_LOSS_COLUMN)[0])
+        if not (math.isfinite(reference) and reference > 0):
+            return _result("C1", "invalid", f"loss of the first batch by transformers is {reference}")
         parts.append(
             (
                 "transformers",
@@ -96,22 +99,44 @@ def first_steps(record: RunRecord, baseline: Baseline, policy: Policy, pairing: 
 
 
 def end_window(
-    record: RunRecord, baseline: Baseline, policy: Policy, pairing: Pairing, *, factor: float = 1.0
+    record: RunRecord,
+    baseline: Baseline,
+    policy: Policy,
+    pairing: Pairing,
+    *,
+    factor: float = 1.0,
+    window: Window | None = None,
 ) -> GateResult:
-    """C3: equivalence of the end window's mean log loss, paired where the data order allows it."""
+    """C3: equivalence of the end window's mean log loss, paired where the data order allows it.
+
+    Args:
+        record: The run.
+        baseline: What it is compared with.
+        policy: Margin, confidence, and the window where none is given.
+        pairing: How the two can be compared.
+        factor: Widens the margin, for another hardware class.
+        window: Iterations to compare over; None takes the policy's last ones.
+    """
     limits = policy.end_window
     bound = math.log1p(limits.margin * factor)
     if pairing.mode == "refused":
         return _result("C3", "inconclusive", f"pairing refused: {pairing.reason}")
-    if len(record.series) < limits.num_iterations:
+    if window is None and len(record.series) < limits.num_iterations:
         return _not_run(
             "C3", f"{len(record.series)} iterations, the end window takes {limits.num_iterations}"
         )
+    part = rows_of_window(record.series.index, window or (-limits.num_iterations, -1))
+    if part is None or part.stop - part.start < MIN_WINDOW:
+        return _result(
+            "C3",
+            "inconclusive",
+            f"the run has no window {window_text(window)} of at least {MIN_WINDOW} iterations",
+        )
     if pairing.mode == "paired":
-        estimate, how = _paired_estimate(record, baseline, policy), "paired"
+        estimate, how = _paired_estimate(record, baseline, policy, part), "paired"
     elif len(baseline.runs) >= limits.min_references_unpaired:
         estimate, how = (
-            _unpaired_estimate(record, baseline, policy),
+            _unpaired_estimate(record, baseline, policy, part),
             f"unpaired against {len(baseline.runs)} runs",
         )
     else:
@@ -124,7 +149,7 @@ def end_window(
     interval, margin = estimate.interval(policy.alpha), (-bound, bound)
     status = _three_way(interval, margin)
     detectable = statistics.detectable_change(estimate, alpha=policy.alpha, power=policy.power)
-    first, last = int(record.series.index[-limits.num_iterations]), int(record.series.index[-1])
+    first, last = int(record.series.index[part][0]), int(record.series.index[part][-1])
     text = (
         f"iterations {first} to {last}, {how}: {math.expm1(estimate.mean):+.2%}, "
         f"{1 - 2 * policy.alpha:.0%} interval [{math.expm1(interval[0]):+.2%}, {math.expm1(interval[1]):+.2%}], "
@@ -217,11 +242,12 @@ def held_out(record: RunRecord, baseline: Baseline, policy: Policy) -> GateResul
     )
 
 
-def _paired_estimate(record: RunRecord, baseline: Baseline, policy: Policy) -> statistics.Estimate:
+def _paired_estimate(
+    record: RunRecord, baseline: Baseline, policy: Policy, part: slice
+) -> statistics.Estimate:
     """Mean of d over the window; error from the dependent bootstrap within it and from run to run."""
-    size, runs = policy.end_window.num_iterations, len(baseline.runs)
-    differences = paired_log_ratios(record, baseline, "lm_loss")[-size:]
-    within = _window_mean(differences, policy)
+    runs = len(baseline.runs)
+    within = _window_mean(paired_log_ratios(record, baseline, "lm_loss")[part], policy)
     parts = [(within.se**2, within.df)]
     between = baseline.calibration.run_sd if baseline.calibration else None
     if between is not None:
@@ -229,11 +255,15 @@ def _paired_estimate(record: RunRecord, baseline: Baseline, policy: Policy) -> s
     return statistics.combine(within.mean, parts)
 
 
-def _unpaired_estimate(record: RunRecord, baseline: Baseline, policy: Policy) -> statistics.Estimate:
+def _unpaired_estimate(
+    record: RunRecord, baseline: Baseline, policy: Policy, part: slice
+) -> statistics.Estimate:
     """Difference of window means; error from noise inside each window and from what runs differ beyond it."""
-    size, runs = policy.end_window.num_iterations, len(baseline.runs)
-    ours = _window_mean(np.log(record.values("lm_loss"))[-size:], policy)
-    windows = [np.log(frame["lm_loss"].to_numpy())[-size:] for frame in baseline.frames()]
+    runs = len(baseline.runs)
+    ours = _window_mean(np.log(record.values("lm_loss"))[part], policy)
+    windows = [
+        np.log(frame["lm_loss"].loc[record.series.index[part]].to_numpy()) for frame in baseline.frames()
+    ]
     theirs = [_window_mean(window, policy) for window in windows]
     means = np.array([item.mean for item in theirs])
     within = float(np.mean([item.se**2 for item in theirs]))

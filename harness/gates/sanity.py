@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from harness.records.record import NUMBER_COLUMNS
 from harness.verdict import GateResult
 from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe, parse_recipe
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 REQUIRED = ("lm_loss", "grad_norm", "step_time_ms", "consumed_train_samples")
 FINITE_WHERE_KNOWN = (*REQUIRED, "learning_rate", "global_batch_size", "num_padded_tokens", "num_real_tokens",
                       "num_supervised_tokens")  # fmt: skip
+MAY_BE_MISSING = frozenset({"eval_lm_loss"})
 COLUMNS_A_BASELINE_DEMANDS = ("lm_loss", "grad_norm", "step_time_ms", "eval_lm_loss", "peak_memory_bytes")
 MIN_STEPS_FOR_STUCK = 5
 
@@ -77,15 +79,17 @@ def _completeness(record: RunRecord) -> tuple[list[str], bool]:
             planned = found[-1]
         else:
             return [f"planned number of iterations unknown; the record ends at {found[-1]}"], False
-    stride = record.log_interval
-    expected = set(range(found[0] if found[0] in {1, stride} else stride, planned + 1, stride)) | {planned}
-    missing = sorted(expected - set(found))
+    stride, seen = record.log_interval, set(found)
+    # Nothing here may be as long as the plan: a damaged plan can be of any length.
+    regular = range(found[0] if found[0] in {1, stride} else stride, planned + 1, stride)
+    is_last_extra = planned not in regular
+    num_expected = len(regular) + is_last_extra
+    num_found = sum(value in regular for value in seen) + (is_last_extra and planned in seen)
     beyond = [value for value in found if value > planned]
     faults = []
-    if missing:
-        faults.append(
-            f"{len(expected) - len(missing)} of {len(expected)} iterations: {missing[0]} is the first that is missing"
-        )
+    if num_found < num_expected:
+        first = next((value for value in regular if value not in seen), planned)
+        faults.append(f"{num_found} of {num_expected} iterations: {first} is the first that is missing")
     if beyond:
         faults.append(f"iteration {beyond[0]} is beyond the planned {planned}")
     is_excerpt = not record.is_run_directory and planned in found and not beyond
@@ -94,7 +98,11 @@ def _completeness(record: RunRecord) -> tuple[list[str], bool]:
 
 def _not_finite(record: RunRecord) -> list[str]:
     faults = []
-    for name in FINITE_WHERE_KNOWN:
+    # Our own recorder writes every number of a step; other stacks leave some out.
+    names = dict.fromkeys((*FINITE_WHERE_KNOWN, *(NUMBER_COLUMNS if record.is_run_directory else ())))
+    for name in names:
+        if name in MAY_BE_MISSING:
+            continue
         if not record.has(name):
             continue
         values = record.values(name)
@@ -161,10 +169,11 @@ def _outcome(record: RunRecord) -> list[str]:
         reason = f": {outcome.error.splitlines()[0][:200]}" if outcome.error else ""
         faults.append(f"the run is {outcome.status} at iteration {outcome.iteration}{reason}")
     counts = record.info.sample_counts
+    faults += [f"sample count {name} is {count}" for name, count in counts.items() if count < 0]
     data = record.recipe.get("data")
     limit = data.get("max_skipped_fraction") if isinstance(data, dict) else None
     skipped, consumed = counts.get("skipped", 0), counts.get("consumed", 0)
-    if isinstance(limit, float) and skipped and skipped / (skipped + consumed) > limit:
+    if isinstance(limit, float) and skipped > 0 and skipped > limit * (skipped + consumed):
         faults.append(f"{skipped} of {skipped + consumed} samples were skipped, at most {limit:.0%} allowed")
     return faults
 

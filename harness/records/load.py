@@ -15,13 +15,22 @@ def load_record(path: Path | str) -> RunRecord:
     """Read a run directory, a text log, or TensorBoard event files (a file or a folder of them).
 
     Raises:
-        RunError: the path is not there, or a folder holds nothing that can be read as a run.
+        RunError: the path is not there or cannot be read, or a folder holds nothing that can be read as a run.
     """
     path = Path(path)
     if not path.exists():
         raise RunError("no such run or log", where=str(path), fix="check the path")
     if path.is_file() and path.name in {RUN_FILE, METRICS_FILE}:
         path = path.parent
+    try:
+        return _read(path)
+    except OSError as error:
+        raise RunError(
+            "the source cannot be read", where=str(path), got=str(error), fix="check its rights"
+        ) from None
+
+
+def _read(path: Path) -> RunRecord:
     if path.is_dir() and is_run_directory(path):
         return read_run_directory(path)
     if event_files(path):

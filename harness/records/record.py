@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -24,9 +23,17 @@ NUMBER_COLUMNS = tuple(
     name for name in StepMetrics.model_fields if name not in {"iteration", "extra", *TEXT_COLUMNS}
 )
 """Columns every series has; those that the source does not tell are NaN and not in `known`."""
+COLUMNS = frozenset(StepMetrics.model_fields)
+"""Every column of a step, as a set: pydantic's table is slow to ask once a number."""
+OPTIONAL_COLUMNS = frozenset(
+    name for name, item in StepMetrics.model_fields.items() if type(None) in get_args(item.annotation)
+)
+"""Step columns that may be null."""
 FOREIGN_COLUMNS = (REPORTED_TFLOPS, REPORTED_TOKENS, TIMESTAMP)
 """Columns that only other stacks' logs have."""
 MAX_PROBLEMS_A_KIND = 3
+MAX_ITERATION = 10**9
+"""A larger number in the place of an iteration is damage, not a count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,15 +154,10 @@ def to_number(value: Any) -> float | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     if isinstance(value, str) and value.strip().lower().lstrip("+-") in {"nan", "inf", "infinity"}:
         return float(value)
     return None
-
-
-@functools.cache
-def optional_columns() -> frozenset[str]:
-    """Step columns that may be null."""
-    return frozenset(
-        name for name, item in StepMetrics.model_fields.items() if type(None) in get_args(item.annotation)
-    )

@@ -3,12 +3,21 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
-from harness.records.record import TEXT_COLUMNS, Rows, RunRecord, brief, optional_columns, to_number
-from models.contract.record import METRICS_FILE, RUN_FILE, SCHEMA_VERSION, RunInfo, StepMetrics, read_run_info
+from harness.records.record import (
+    COLUMNS,
+    MAX_ITERATION,
+    OPTIONAL_COLUMNS,
+    TEXT_COLUMNS,
+    Rows,
+    RunRecord,
+    brief,
+    to_number,
+)
+from models.contract.record import METRICS_FILE, RUN_FILE, SCHEMA_VERSION, RunInfo, read_run_info
 
 
 def is_run_directory(path: Path) -> bool:
@@ -39,8 +48,12 @@ def read_run_directory(path: Path) -> RunRecord:
         framework="qwen_harness",
         problems=brief(problems + rows.order_problems()),
         known=rows.known(),
-        planned_iterations=planned if isinstance(planned, int) else None,
+        planned_iterations=planned if _is_iteration(planned) else None,
     )
+
+
+def _is_iteration(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_ITERATION
 
 
 def _read_info(path: Path) -> tuple[RunInfo | None, list[str]]:
@@ -72,8 +85,8 @@ def _read_line(line: str, place: str, rows: Rows) -> list[str]:
     if not line.endswith("\n"):
         return [f"torn_line: {place} has no end of line: the writer was stopped"]
     iteration = data.get("iteration")
-    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 1:
-        return [f"bad_iteration: {place} has iteration {iteration!r}"]
+    if not _is_iteration(iteration):
+        return [f"bad_iteration: {place} has iteration {iteration!r:.40}"]
     row, problems = _numbers(data, place)
     rows.add({"iteration": iteration, **row}, place)
     return problems
@@ -91,9 +104,9 @@ def _numbers(data: dict[str, Any], place: str) -> tuple[dict[str, Any], list[str
     for key, value in items.items():
         if key in TEXT_COLUMNS:
             row[key] = str(value)
-        elif key not in StepMetrics.model_fields and not key.startswith("extra."):
+        elif key not in COLUMNS and not key.startswith("extra."):
             problems.append(f"unknown_column: {place}: '{key}' is not a column of this version")
-        elif value is None and key in optional_columns():
+        elif value is None and key in OPTIONAL_COLUMNS:
             continue
         elif (number := to_number(value)) is None:
             problems.append(f"not_a_number: {place}: {key} = {value!r:.40}")

@@ -5,13 +5,23 @@ All four print Megatron's line, ``iteration N/ T | key: value | …``. It is rea
 fields that come and go between versions do not matter. Numbers may be ``nan`` and ``inf``.
 """
 
+import codecs
 import itertools
 import re
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.records.record import REPORTED_TFLOPS, REPORTED_TOKENS, TIMESTAMP, Rows, RunRecord, brief
+from harness.records.record import (
+    MAX_ITERATION,
+    REPORTED_TFLOPS,
+    REPORTED_TOKENS,
+    TIMESTAMP,
+    Rows,
+    RunRecord,
+    brief,
+)
 
 COLUMN_OF_KEY = {
     "consumed samples": "consumed_train_samples",
@@ -45,6 +55,7 @@ _BRIDGE = re.compile(
 _MEMORY = re.compile(
     r"\[Rank (?P<rank>\d+)\].*memory \(MB\) \| allocated: (?P<allocated>\S+) \| max allocated: (?P<peak>[\d.]+)"
 )
+_GZIP = b"\x1f\x8b"
 _MEBIBYTE = 2**20
 _MAX_GAP_SECONDS = 1800.0
 
@@ -52,7 +63,7 @@ _MAX_GAP_SECONDS = 1800.0
 def read_text_log(path: Path) -> RunRecord:
     """Read a log of any of the four stacks. A file without one iteration line gives a record with a problem."""
     rows, state = Rows(), _State()
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    text = _text(path.read_bytes(), state)
     for number, line in enumerate(text.splitlines(), start=1):
         _read_line(_ANSI.sub("", line), f"line {number}", rows, state)
     problems = state.problems + rows.order_problems() + _clock_problems(rows)
@@ -99,12 +110,16 @@ def _read_line(line: str, place: str, rows: Rows, state: _State) -> None:
     ends = [header.start() for header in headers[1:]] + [len(line)]
     for header, end in zip(headers, ends, strict=True):
         row, problems = _fields(line[header.end() : end], place)
-        row["iteration"] = int(header["n"])
+        iteration, total = _count(header["n"]), _count(header["t"])
+        if iteration is None or total is None:
+            state.problems.append(f"bad_iteration: {place}: {header['n']:.20} of {header['t']:.20}")
+            continue
+        row["iteration"] = iteration
         if header["time"]:
-            row[TIMESTAMP] = datetime.fromisoformat(header["time"]).replace(tzinfo=UTC).timestamp()
+            row |= _time(header["time"], place, state)
         row |= {key: value for key, value in state.bridge.items() if key not in row}
         state.bridge = {}
-        state.totals.add(int(header["t"]))
+        state.totals.add(total)
         state.problems += problems
         missing = [name for name in REQUIRED if name not in row]
         if missing:
@@ -112,6 +127,36 @@ def _read_line(line: str, place: str, rows: Rows, state: _State) -> None:
                 f"torn_line: {place}, iteration {row['iteration']}: no {', '.join(missing)}"
             )
         rows.add(row, place)
+
+
+def _text(data: bytes, state: _State) -> str:
+    """The text of a file that may be compressed, or written by a shell that speaks UTF-16."""
+    if data.startswith(_GZIP):
+        reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        try:
+            data = reader.decompress(data)
+        except zlib.error as error:
+            state.problems.append(f"torn_file: the compressed log is damaged: {error}")
+            return ""
+        if not reader.eof:
+            state.problems.append("torn_file: the compressed log ends in the middle")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    return data.decode("utf-8", errors="replace")
+
+
+def _count(digits: str) -> int | None:
+    """An iteration, or None for more digits than one can have."""
+    number = int(digits) if len(digits) <= 18 else MAX_ITERATION + 1
+    return number if number <= MAX_ITERATION else None
+
+
+def _time(text: str, place: str, state: _State) -> dict[str, Any]:
+    try:
+        return {TIMESTAMP: datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()}
+    except ValueError:
+        state.problems.append(f"bad_time: {place}: {text}")
+        return {}
 
 
 def _fields(text: str, place: str) -> tuple[dict[str, Any], list[str]]:

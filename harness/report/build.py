@@ -16,7 +16,9 @@ import jinja2
 from markupsafe import Markup
 
 from harness.report.collect import Collection, Entry, collect
+from harness.report.detection import detection_view, is_good
 from harness.report.numbers import CONTROL_RATIO, end_loss, values
+from harness.report.parity import parity_failures, parity_view
 from harness.report.plots import Line, line_chart
 from harness.report.strings import Language, texts
 from harness.report.view import (
@@ -83,8 +85,10 @@ def report_view(found: Collection, language: Language, *, title: str | None, cre
         "speed_columns": [t[name] for name in _SPEED_COLUMNS],
         "speed_rows": [row for entry in found.entries if (row := _speed_row(entry))],
         "conversions": found.conversions,
+        "parity": parity_view(found.parity, t),
         "samples": [_sample(sample) for sample in found.samples],
         "tests": [{**test, "tone": _TONE_OF_OUTCOME[test["outcome"]]} for test in found.tests],
+        "detections": [detection_view(data, t) for data in found.detections],
     }
 
 
@@ -92,7 +96,14 @@ def overall(found: Collection, t: Words) -> Row:
     """The worst verdict of the report; a failed test or conversion without one counts as FAILED."""
     names: list[VerdictName] = [entry.verdict.name for entry in found.entries if entry.verdict]
     broken = [test for test in found.tests if test["outcome"] in ("failed", "killed")]
-    wrong = [row for row in found.conversions if row["different"] or row["missing"] or row["unexpected"]]
+    wrong = [
+        row
+        for row in found.conversions
+        if row["different"]
+        or row["missing"]
+        or row["unexpected"]
+        or not all(said["is_close"] for said in row.get("logits", ()))
+    ]
     ungraded = sum(entry.verdict is None for entry in found.entries)
     if names and TONE_OF_VERDICT[worst(names)] != "good":
         name = worst(names)
@@ -103,6 +114,10 @@ def overall(found: Collection, t: Words) -> Row:
             "tone": "bad",
             "meaning": (broken or wrong)[0].get("nodeid", t["different"]),
         }
+    if apart := parity_failures(found.parity):
+        return {"name": "FAILED", "tone": "bad", "meaning": f"{t['parity']}: {apart[0]}"}
+    if not all(map(is_good, found.detections)):
+        return {"name": "FAILED", "tone": "bad", "meaning": t["detection"]}
     if names and not ungraded:
         name = worst(names)
         return {"name": name, "meaning": t[name], "tone": TONE_OF_VERDICT[name]}
@@ -123,8 +138,10 @@ def report_data(found: Collection, created: datetime) -> dict[str, Any]:
             "controls": [{key: row[key] for key in ("name", "loss", "control", "ratio")}
                          for row in _controls(found.entries, words)],
             "conversions": [{key: row[key] for key in row if key != "tensors"} for row in found.conversions],
+            "parity": list(found.parity),
             "samples": [{key: value for key, value in row.items() if key != "folder"} for row in found.samples],
             "tests": list(found.tests),
+            "detections": [data["summary"] for data in found.detections],
         }
     )  # fmt: skip
 

@@ -7,7 +7,8 @@ A run directory may hold, beside what training wrote:
     grading.json     case, hardware, gate mode, and the reference it was compared with
     attempts.json    every start
 
-Any folder may hold `conversion.json` (what a conversion compared) and `samples.json` (images with what the model said).
+Any folder may hold `conversion.json` (what a conversion compared), `samples.json` (images with what the model said),
+`detection.json` (what the detection suite found) and `parity.json` (the measured parity matrix).
 """
 
 import json
@@ -17,6 +18,8 @@ from typing import Any
 
 from harness.launch import read_attempts
 from harness.records import RunRecord, load_record
+from harness.report.detection import check_detection
+from harness.report.parity import check_parity
 from harness.verdict import Verdict
 from models.contract.errors import RunError
 from models.contract.record import RUN_FILE
@@ -26,6 +29,8 @@ GRADING_FILE = "grading.json"
 CONVERSION_FILE = "conversion.json"
 SAMPLES_FILE = "samples.json"
 TESTS_FILE = "tests.jsonl"
+DETECTION_FILE = "detection.json"
+PARITY_FILE = "parity.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,8 @@ class Collection:
     conversions: tuple[dict[str, Any], ...] = ()
     samples: tuple[dict[str, Any], ...] = ()
     tests: tuple[dict[str, Any], ...] = ()
+    detections: tuple[dict[str, Any], ...] = ()
+    parity: tuple[dict[str, Any], ...] = ()
 
 
 def collect(paths: list[Path]) -> Collection:
@@ -79,16 +86,20 @@ def collect(paths: list[Path]) -> Collection:
     found = Collection(
         entries=tuple(_entry(folder) for folder in _run_folders(paths)),
         conversions=tuple(
-            {"name": file.parent.name, **_read(file)} for file in _files(paths, CONVERSION_FILE)
+            {"name": file.parent.name, **read_json(file)} for file in _files(paths, CONVERSION_FILE)
         ),
         samples=tuple(
             {**sample, "folder": str(file.parent)}
             for file in _files(paths, SAMPLES_FILE)
-            for sample in json.loads(file.read_text(encoding="utf-8"))
+            for sample in read_json(file, list)
         ),
         tests=tuple(test for file in _files(paths, TESTS_FILE) for test in read_tests(file)),
+        detections=tuple(
+            check_detection(read_json(file), where=str(file)) for file in _files(paths, DETECTION_FILE)
+        ),
+        parity=tuple(check_parity(read_json(file), where=str(file)) for file in _files(paths, PARITY_FILE)),
     )
-    if not found.entries and not found.conversions and not found.tests:
+    if not any((found.entries, found.conversions, found.tests, found.detections, found.parity)):
         raise RunError(
             "no run directory found",
             where=", ".join(map(str, paths)),
@@ -139,7 +150,8 @@ def _run_folders(paths: list[Path]) -> list[Path]:
 
 
 def _files(paths: list[Path], name: str) -> list[Path]:
-    return sorted({file.resolve() for path in paths for file in path.rglob(name)})
+    named = {path.resolve() for path in paths if path.is_file() and path.name == name}
+    return sorted(named | {file.resolve() for path in paths for file in path.rglob(name)})
 
 
 def _entry(folder: Path) -> Entry:
@@ -147,16 +159,23 @@ def _entry(folder: Path) -> Entry:
     return Entry(
         run_dir=folder,
         record=load_record(folder),
-        verdict=Verdict.from_dict(_read(verdict)) if verdict.is_file() else None,
-        grading=_read(folder / GRADING_FILE) if (folder / GRADING_FILE).is_file() else {},
+        verdict=Verdict.from_dict(read_json(verdict)) if verdict.is_file() else None,
+        grading=read_json(folder / GRADING_FILE) if (folder / GRADING_FILE).is_file() else {},
         attempts=read_attempts(folder),
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_json(file: Path, shape: type = dict) -> Any:
+    """The JSON of a file. Raises RunError when it is torn, or holds something else than a `shape`."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(
             "file is not valid JSON", where=str(file), got=str(error), fix="grade the run again"
         ) from None
+    if not isinstance(data, shape):
+        raise RunError(
+            f"file does not hold a JSON {'list' if shape is list else 'object'}", where=str(file),
+            got=type(data).__name__, fix="grade the run again",
+        )  # fmt: skip
+    return data

@@ -6,6 +6,7 @@ unreadable labels. Long series are thinned to two points a pixel column (its sma
 spikes stay visible.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ def effect_bar(
     effect: float, interval: tuple[float, float] | None, margin: tuple[float, float] | None, *, title: str
 ) -> str:
     """One effect with its interval against the margin, as a relative change; what lies outside gets an arrow."""
-    edge = 1.6 * max(abs(bound) for bound in margin) if margin else 1.3 * max(abs(effect), 1e-9)
+    bounds = [bound for bound in margin or () if bound != OPEN_BELOW]
+    edge = 1.6 * max(abs(bound) for bound in bounds) if bounds else 1.3 * max(abs(effect), 1e-9)
     if interval and not margin:
         edge = 1.3 * max(abs(bound) for bound in (*interval, effect) if math.isfinite(bound))
     edge = edge if math.isfinite(edge) and edge > 0 else 1.0
@@ -202,6 +204,14 @@ class _Scale:
         share = (value - self.y_low) / (self.y_high - self.y_low)
         return self.size[1] - _BOTTOM - share * (self.size[1] - _TOP - _BOTTOM)
 
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """A line through the points. One format call for all of them: a report draws a million."""
+        across = (self.size[0] - _LEFT - _RIGHT) / (self.x_high - self.x_low)
+        down = (self.size[1] - _TOP - _BOTTOM) / (self.y_high - self.y_low)
+        left, bottom = _LEFT - self.x_low * across, self.size[1] - _BOTTOM + self.y_low * down
+        flat = [value for x, y in points for value in (left + x * across, bottom - y * down)]
+        return "L".join(["%.1f %.1f"] * len(points)) % tuple(flat)
+
 
 def _padded(low: float, high: float) -> tuple[float, float]:
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
@@ -230,17 +240,29 @@ def _axes(scale: _Scale, x_label: str, y_label: str, percent: bool) -> str:
     return "".join(parts)
 
 
+MARKED_POINTS = 12
+
+
 def _curve(scale: _Scale, line: Line, columns: int) -> str:
-    path, pen_down, bad = [], False, []
-    for x, y in thin(line.x, line.y, columns):
-        if not math.isfinite(y):
-            pen_down = False
-            if line.is_measured:
-                bad.append(f'<path class="bad" d="M{scale.x(x):.1f} {_TOP + 8}l-4 -8h8z"/>')
-            continue
-        path.append(f"{'L' if pen_down else 'M'}{scale.x(x):.1f} {scale.y(y):.1f}")
-        pen_down = True
-    return f'<path class="{line.style}" d="{"".join(path)}"/>' + "".join(bad)
+    points = thin(line.x, line.y, columns)
+    stretches = [
+        list(stretch) for is_drawn, stretch in itertools.groupby(points, lambda point: math.isfinite(point[1]))
+        if is_drawn
+    ]  # fmt: skip
+    path = "".join(f"M{scale.path(stretch)}" for stretch in stretches)
+    bad = [
+        f'<path class="bad" d="M{scale.x(x):.1f} {_TOP + 8}l-4 -8h8z"/>'
+        for x, y in points
+        if line.is_measured and not math.isfinite(y)
+    ]
+    # A line of one point is no line: few points are marked.
+    few = points if len(points) <= MARKED_POINTS else []
+    marks = [
+        f'<circle class="{line.style}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="3"/>'
+        for x, y in few
+        if math.isfinite(y)
+    ]
+    return f'<path class="{line.style}" d="{path}"/>' + "".join((*marks, *bad))
 
 
 def _band(scale: _Scale, band: Band, columns: int) -> str:
@@ -250,9 +272,8 @@ def _band(scale: _Scale, band: Band, columns: int) -> str:
         for x, low, high in list(zip(band.x, band.low, band.high, strict=True))[::step]
         if math.isfinite(low) and math.isfinite(high)
     ]
-    upper = [f"{scale.x(x):.1f} {scale.y(high):.1f}" for x, _, high in rows]
-    lower = [f"{scale.x(x):.1f} {scale.y(low):.1f}" for x, low, _ in reversed(rows)]
-    return f'<path class="band" d="M{"L".join(upper + lower)}z"/>' if rows else ""
+    outline = [(x, high) for x, _, high in rows] + [(x, low) for x, low, _ in reversed(rows)]
+    return f'<path class="band" d="M{scale.path(outline)}z"/>' if rows else ""
 
 
 def _histogram_svg(
@@ -282,6 +303,11 @@ def _histogram_svg(
     return "".join(parts)
 
 
+OPEN_BELOW = -1.0
+"""A lower bound of -100% bounds nothing: less memory than none, worse than all answers wrong."""
+LABEL_ROOM = 26
+
+
 def _effect_svg(
     size: tuple[int, int],
     effect: float,
@@ -302,10 +328,11 @@ def _effect_svg(
             f'<rect class="margin" x="{x(margin[0]):.1f}" y="6" width="{x(margin[1]) - x(margin[0]):.1f}" height="28"/>'
         )
         parts += [_text(x(bound), height - 8, f"{bound:+.1%}" if abs(bound) >= 0.01 else f"{bound:+.2%}", "middle")
-                  for bound in margin]  # fmt: skip
+                  for bound in margin if bound != OPEN_BELOW]  # fmt: skip
     parts.append(f'<line class="axis" x1="{pad}" x2="{width - pad}" y1="{middle}" y2="{middle}"/>')
     parts.append(f'<line class="grid" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="6" y2="34"/>')
-    parts.append(_text(x(0), height - 8, "0", "middle"))
+    if all(abs(x(bound) - x(0)) > LABEL_ROOM for bound in margin or ()):
+        parts.append(_text(x(0), height - 8, "0", "middle"))
     if interval:
         parts.append(
             f'<line class="interval" x1="{x(interval[0]):.1f}" x2="{x(interval[1]):.1f}" y1="{middle}" y2="{middle}"/>'

@@ -156,7 +156,7 @@ def _facts(entry: Entry, t: Words) -> Iterator[tuple[str, str]]:
 
 def _effect(gate: GateResult) -> Row:
     effect, interval = gate.effect or 0.0, gate.interval
-    numbers = f"{effect:+.2%}"
+    numbers = f"{round(effect, 4) + 0.0:+.2%}"  # + 0.0: no "-0.00%"
     if interval:
         numbers += f" [{interval[0]:+.2%}, {interval[1]:+.2%}]"
     if gate.minimum_detectable_change is not None:

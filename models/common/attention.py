@@ -22,10 +22,21 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from models.common.context_parallel import global_order
+
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Torch's own order, but for cuDNN first."""
+MIN_BATCHED_LENGTH = 256
+"""Segments of one length, at least this long, go to cuDNN as a batch; others to the kernel for varying lengths."""
 
 
 @dataclass
@@ -203,12 +214,15 @@ def packed_attention(
     Returns: [t, n, d].
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, segments, is_causal=is_causal, scale=scale)
+        is_batched = segments.restore is None and segments.max_seqlen_q >= MIN_BATCHED_LENGTH
+        if not is_batched:
+            return _varlen(query, key, value, segments, is_causal=is_causal, scale=scale)
     outs = []
     for length, rows in segments.groups:
         picked = (query, key, value) if rows is None else (t[rows] for t in (query, key, value))
         batched = (t.reshape(-1, length, *t.shape[1:]) for t in picked)  # [segments, length, n, d]
-        outs.append(sdpa(*batched, scale=scale, is_causal=is_causal).flatten(0, 1))
+        with sdpa_kernel(KERNELS, set_priority=True):
+            outs.append(sdpa(*batched, scale=scale, is_causal=is_causal).flatten(0, 1))
     return outs[0] if segments.restore is None else torch.cat(outs)[segments.restore]
 
 

@@ -177,7 +177,11 @@ class AudioTower(MegatronModule):
             audio_lengths: Frames of every clip, [i] int64, on the CPU.
 
         Returns: Tokens in reading order, [m, h].
+
+        Raises:
+            ShapeError: features of another shape, or a clip without frames.
         """
+        self._check(input_features, audio_lengths)
         layout = audio_layout(audio_lengths.numpy(), self.audio)
         device = input_features.device
         index, is_frame, rows = (
@@ -193,6 +197,15 @@ class AudioTower(MegatronModule):
         for layer in self.layers:
             hidden_states = layer(hidden_states, segments)
         return self.proj2(self.activation(self.proj1(self.ln_post(hidden_states))))
+
+    def _check(self, input_features: Tensor, audio_lengths: Tensor) -> None:
+        expected = (self.audio.num_mel_bins, int(audio_lengths.sum()))
+        if tuple(input_features.shape) != expected:
+            raise ShapeError(
+                "mel features of another shape", where="input_features of the micro-batch",
+                expected=f"[mel, frames] = {list(expected)}, clips one after the other",
+                got=str(list(input_features.shape)), fix="use the checkpoint's own feature extractor",
+            )  # fmt: skip
 
     def _convolve(self, chunks: Tensor) -> Tensor:
         parts = []

@@ -24,10 +24,11 @@ from models.common.audio import AudioTower
 from models.common.batch import IGNORED_LABEL, Batch
 from models.common.context_parallel import local_index
 from models.common.decoder import build_decoder, features_travel
-from models.common.fusion import check_counts, dense_features, merge_tokens
+from models.common.fusion import dense_features, merge_tokens, with_zero_gradients
 from models.common.settings import ModelSettings
 from models.common.transformer_configs import decoder_config
 from models.common.vision import VisionTower
+from models.common.vision_split import see
 from models.contract.architecture import Architecture
 from models.contract.errors import ShapeError
 
@@ -163,45 +164,38 @@ class MultimodalModel(MegatronModule):
     def _embed(self, batch: Batch, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Embeddings with media in place and deepstack features [levels, s, b, h], both cut for this rank."""
         embeddings = self.language_model.embedding(input_ids=batch.input_ids, position_ids=None)  # [s, b, h]
-        tokens, features = self._see(batch)
-        if batch.vision_positions is not None and tokens is not None:
-            embeddings = merge_tokens(embeddings, tokens, batch.vision_positions, kind="vision")
-            shape = embeddings.shape
-            levels = [dense_features(feature, batch.vision_positions, shape) for feature in features]
-        else:
-            levels = [embeddings.new_zeros(embeddings.shape) for _ in features]
-            if tokens is not None:  # nothing was seen, but every parameter must get a gradient, if only zero
-                embeddings = embeddings + 0.0 * sum(part.sum() for part in (tokens, *features))
+        embeddings, levels = self._see(embeddings, batch)
         if self.audio_model is not None:
             embeddings = self._hear(embeddings, batch)
         stacked = torch.stack([self._cut(level, index) for level in levels]) if levels else None
         return self._cut(embeddings, index), stacked
 
-    def _see(self, batch: Batch) -> tuple[Tensor | None, list[Tensor]]:
-        """Vision tokens and deepstack features; of one blank block when the micro-batch has no media."""
-        vision = self.architecture.vision
+    def _see(self, embeddings: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Put vision tokens in place; with them the deepstack features of every position, each [s, b, h]."""
+        if batch.pixel_values is None or batch.grid_thw is None:
+            embeddings = with_zero_gradients(embeddings, self.vision_model.parameters())
+            # The next stage expects what it always gets; layers of this one add nothing when there is nothing.
+            num_levels = len(self.vision_model.deepstack_mergers) if self.num_levels_out else 0
+            return embeddings, [embeddings.new_zeros(embeddings.shape) for _ in range(num_levels)]
+        assert batch.vision_positions is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision_model)):
-            if batch.pixel_values is not None and batch.grid_thw is not None:
-                assert batch.vision_positions is not None
-                tokens, features = self.vision_model(batch.pixel_values, batch.grid_thw)
-                check_counts(tokens, batch.vision_positions, kind="vision")
-                return tokens, features
-            merge = vision.spatial_merge_size
-            device = batch.input_ids.device
-            blank = torch.zeros(merge**2, vision.patch_dim, device=device)
-            return self.vision_model(blank, torch.tensor([[1, merge, merge]]))
+            tokens, features = see(
+                self.vision_model, batch.pixel_values, batch.grid_thw,
+                num_levels=len(self.vision_model.deepstack_mergers), group=self.pg_collection.cp,
+            )  # fmt: skip
+        embeddings = merge_tokens(embeddings, tokens, batch.vision_positions, kind="vision", batch=batch)
+        shape = embeddings.shape
+        return embeddings, [dense_features(feature, batch.vision_positions, shape) for feature in features]
 
     def _hear(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """Put audio tokens in place; without audio, run the tower on silence for the sake of its gradients."""
-        assert self.architecture.audio is not None
+        """Put audio tokens in place."""
         assert self.audio_model is not None
+        if batch.input_features is None or batch.audio_lengths is None:
+            return with_zero_gradients(embeddings, self.audio_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.audio_model)):
-            if batch.input_features is None or batch.audio_lengths is None:
-                silence = torch.zeros(self.architecture.audio.num_mel_bins, 1, device=batch.input_ids.device)
-                return embeddings + 0.0 * self.audio_model(silence, torch.tensor([1])).sum()
             tokens = self.audio_model(batch.input_features, batch.audio_lengths)
         assert batch.audio_positions is not None
-        return merge_tokens(embeddings, tokens, batch.audio_positions, kind="audio")
+        return merge_tokens(embeddings, tokens, batch.audio_positions, kind="audio", batch=batch)
 
     def _cut(self, hidden: Tensor, index: Tensor | None) -> Tensor:
         """[s, b, h] -> this rank's part, first of the context-parallel, then of the sequence-parallel split."""

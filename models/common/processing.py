@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from transformers import AutoProcessor
 
-from models.contract.architecture import VisionArchitecture
+from models.common.sequences import MediaItem, grid_run
+from models.contract.architecture import Architecture, VisionArchitecture
 from models.contract.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,20 @@ def run_image_processor(processor: Any, image: Any) -> tuple[Any, tuple[int, int
     return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
 
 
+def process_image(image: Any, processor: Any, architecture: Architecture) -> MediaItem:
+    """One RGB image to patches and its run.
+
+    Raises:
+        ValueError: transformers refuses the image.
+    """
+    pixel_values, grid = run_image_processor(processor, image)
+    merge = architecture.vision.spatial_merge_size
+    run = grid_run(architecture.tokens.image, grid[0], grid[1] // merge, grid[2] // merge)
+    return MediaItem(
+        kind="image", text=processor.image_token, runs=(run,), pixel_values=pixel_values, grid_thw=grid
+    )
+
+
 def run_video_processor(processor: Any, video: DecodedVideo) -> tuple[Any, tuple[int, int, int], list[int]]:
     """Patches [p, c] float32, grid, and the indices of the frames that were used.
 
@@ -113,9 +128,11 @@ def run_video_processor(processor: Any, video: DecodedVideo) -> tuple[Any, tuple
     videos = processor.video_processor
     count = video.frames.shape[0]
     indices = np.arange(count)
+    if count < videos.temporal_patch_size:
+        raise ValueError(
+            f"a video of {count} frame(s), needs {videos.temporal_patch_size}: give it as an image"
+        )
     if not video.is_sampled:
-        if count < videos.temporal_patch_size:
-            raise ValueError(f"{count} frame(s), needs {videos.temporal_patch_size}")
         metadata = _metadata(video)
         fps = None if videos.num_frames is not None else (videos.fps or DEFAULT_VIDEO_FPS)
         indices = np.asarray(videos.sample_frames(metadata, fps=fps, num_frames=videos.num_frames))

@@ -47,8 +47,10 @@ def decoder_config(text: TextArchitecture, settings: ModelSettings) -> Transform
         normalization="RMSNorm",
         layernorm_epsilon=text.layernorm_epsilon,
         mrope_section=list(text.mrope_section),
-        bias_activation_fusion=is_cuda,
+        bias_activation_fusion=is_cuda and not has_te_activation(text, settings),
+        use_te_activation_func=has_te_activation(text, settings),
         bias_dropout_fusion=is_cuda,
+        **_loss_fusion(settings),
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=settings.num_layers_in_first_pipeline_stage,
@@ -79,15 +81,43 @@ def vision_config(vision: VisionArchitecture, settings: ModelSettings) -> Transf
         num_attention_heads=vision.num_attention_heads,
         kv_channels=vision.hidden_size // vision.num_attention_heads,
         gated_linear_unit=vision.gated_linear_unit,
-        activation_func=activation(vision.hidden_act, where="vision_config: hidden_act"),
         add_bias_linear=True,
         normalization=vision.normalization,
         layernorm_epsilon=vision.layernorm_epsilon,
-        bias_activation_fusion=False,
+        **_vision_activation(vision, settings),
         bias_dropout_fusion=settings.device == "cuda",
         hetereogenous_dist_checkpoint=True,
         **_common(settings),
     )
+
+
+def is_fused(settings: ModelSettings) -> bool:
+    """Whether TransformerEngine's fused kernels run: on a GPU, with its backend."""
+    return settings.device == "cuda" and settings.attention_backend == "te"
+
+
+def has_te_activation(text: TextArchitecture, settings: ModelSettings) -> bool:
+    """Whether the decoder's MLP takes TransformerEngine's SwiGLU; experts have a fused one of their own."""
+    return is_fused(settings) and text.moe is None
+
+
+def _loss_fusion(settings: ModelSettings) -> dict[str, Any]:
+    """TransformerEngine's cross-entropy: one pass over the logits, whose memory it takes for their gradient."""
+    if not is_fused(settings):
+        return {}
+    return {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
+
+
+def _vision_activation(vision: VisionArchitecture, settings: ModelSettings) -> dict[str, Any]:
+    """Activation of the vision MLP, fused with its bias where megatron-core has a kernel for it.
+
+    Its fused `F.gelu` is the tanh approximation, so it stands for `gelu_pytorch_tanh` and not for `gelu`.
+    """
+    function = activation(vision.hidden_act, where="vision_config: hidden_act")
+    fused = {"silu": (F.silu, True), "gelu_pytorch_tanh": (F.gelu, False)}.get(vision.hidden_act)
+    if settings.device == "cuda" and fused is not None and fused[1] is vision.gated_linear_unit:
+        return {"activation_func": fused[0], "bias_activation_fusion": True}
+    return {"activation_func": function, "bias_activation_fusion": False}
 
 
 def _common(settings: ModelSettings) -> dict[str, Any]:
@@ -104,7 +134,8 @@ def _common(settings: ModelSettings) -> dict[str, Any]:
         "use_cpu_initialization": settings.device != "cuda",
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,  # one absolute angle per token; the fused kernel counts positions itself
+        # The fused kernel takes one angle per row of [s, 1, n, d]; with more than one row megatron-core goes unfused.
+        "apply_rope_fusion": is_fused(settings),
         "calculate_per_token_loss": settings.calculate_per_token_loss,
         "transformer_impl": "transformer_engine" if settings.attention_backend == "te" else "local",
     }

@@ -30,9 +30,14 @@ MM_FLAGS = (
     "save_dir",
     "model_assets_dir",
     "tie_weight",
+    "tie_weight_mapping",
     "dcp_prefix",
     "hf_prefix",
+    "fused_linear_names",
+    "trust_remote_code",
 )
+NO_COUNTERPART = ("hf_prefix", "fused_linear_names")
+"""Flags that must be left empty: names and fused tensors are told by the checkpoint itself."""
 PREFIX_STYLES = {"": "2026", "model.": "2025"}
 """Style for a value of `--dcp_prefix`."""
 
@@ -89,18 +94,35 @@ def mm_convert(arguments: Sequence[str]) -> list[str]:
             expected=f"{', '.join(DCP_CONVERTERS)} with hf_to_dcp or dcp_to_hf",
         )  # fmt: skip
     flags = _flags(arguments[2:])
-    if flags.get("hf_prefix"):
-        raise ConfigError("no counterpart", where="mm-convert --hf_prefix", got=flags["hf_prefix"])
+    for name in NO_COUNTERPART:
+        if flags.get(name, "") not in ("", "[]", "null"):
+            raise ConfigError(
+                "a flag has no counterpart", where=f"mm-convert --{name}", got=flags[name],
+                fix="leave it out: names and layout are told by the checkpoint",
+            )  # fmt: skip
     if method == "hf_to_dcp":
         target = "save_dir" if converter == "ExpertMergeDcpConverter" else "dcp_dir"
         style = DCP_CONVERTERS[converter]
         if "dcp_prefix" in flags:
             style = PREFIX_STYLES[_choice(flags, "dcp_prefix", tuple(PREFIX_STYLES))]
-        tied = ["--tie-weight"] if flags.get("tie_weight", "False").lower() == "true" else []
+        tied = ["--tie-weight"] if _is_tied(flags) else []
         return ["hf-to-dcp", _needed(flags, "hf_dir"), _needed(flags, target), "--style", style, *tied]
     merged = converter == "ExpertMergeDcpConverter"
     source, template = ("dcp_dir", "hf_dir") if merged else ("load_dir", "model_assets_dir")
     return ["dcp-to-hf", _needed(flags, source), _needed(flags, "save_dir"), "--hf", _needed(flags, template)]
+
+
+def _is_tied(flags: dict[str, str]) -> bool:
+    """Whether a tied output layer is asked for: by the flag of 2025, or by naming it in the mapping of 2026."""
+    mapping = flags.get("tie_weight_mapping", "")
+    if mapping not in ("", "{}", "null") and "lm_head.weight" not in mapping:
+        raise ConfigError(
+            "no such tie", where="mm-convert --tie_weight_mapping", expected="lm_head.weight", got=mapping
+        )
+    tied = flags.get("tie_weight", "false").lower()
+    return (
+        _choice({"--tie_weight": tied}, "--tie_weight", ("true", "false")) == "true" or "lm_head" in mapping
+    )
 
 
 def _flags(arguments: Sequence[str]) -> dict[str, str]:

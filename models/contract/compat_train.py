@@ -92,6 +92,14 @@ def _recipe_data(family: str, given: dict[str, str], num_processes: int | None) 
         "Checkpoints hold weights only, as the script's --no-save-optim says.",
         "FL picked flash or fused attention by hand; TransformerEngine picks here.",
     ]
+    if family == "qwen3_vl":
+        notes.append(
+            "The script gives the vision tower the decoder's SiLU; here it has the checkpoint's tanh-GELU."
+        )
+    if is_moe:
+        notes.append(
+            "The script's rotary base for A3B is 1e6; this recipe takes the checkpoint's, as all other sizes."
+        )
     if pad_length != seq_length:
         notes.append(
             f"SEQ_LEN {seq_length} only named shapes and rates; sequences are padded to PAD_LEN {pad_length}."

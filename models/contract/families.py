@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -37,15 +38,20 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
             "checkpoint has no config.json", where=str(folder), fix="download the checkpoint again"
         )
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        hf_config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("config.json is not valid JSON", where=str(file), got=str(error)) from None
+    if not isinstance(hf_config, dict):
+        raise ConfigError(
+            "config.json is not an object", where=str(file), expected="{…}", got=f"{hf_config!r:.80}"
+        )
+    return hf_config
 
 
 def detect_family(hf_config: dict[str, Any], *, where: str = "config.json") -> Family:
     """Family of a HF config, by its ``model_type``. Raises ConfigError for an unknown architecture."""
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILY_OF_MODEL_TYPE:
+    if not isinstance(model_type, str) or model_type not in FAMILY_OF_MODEL_TYPE:
         raise ConfigError(
             "unknown architecture",
             where=where,
@@ -74,6 +80,13 @@ def published_config(name: str) -> dict[str, Any]:
         known = ", ".join(sorted(path.stem for path in PUBLISHED.glob("*.json")))
         raise ConfigError("unknown published size", expected=f"one of {known}", got=name)
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def published_name(checkpoint: str) -> str | None:
+    """Published size that a checkpoint's name or path names: ``Qwen2.5-VL-7B-Instruct`` is ``qwen2_5_vl_7b``."""
+    name = re.sub(r"-(instruct|thinking)$", "", Path(checkpoint).name.lower())
+    name = re.sub(r"[-.]", "_", name)
+    return name if (PUBLISHED / f"{name}.json").is_file() else None
 
 
 def published_architecture(name: str) -> Architecture:

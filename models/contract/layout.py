@@ -5,30 +5,24 @@ Torch-free, so that planning on a laptop refuses what a GPU node would refuse an
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from models.contract.architecture import Architecture, TextArchitecture
 from models.contract.errors import ConfigError
+from models.contract.layout_problem import LayoutProblem
 from models.contract.recipe import Recipe
+from models.contract.run_rules import check_run
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutProblem:
-    """One rule that the recipe breaks for this model."""
+def check_layout(
+    architecture: Architecture, recipe: Recipe, *, hardware: str | None = None
+) -> list[LayoutProblem]:
+    """Every rule that the recipe breaks for this model; empty when it can run.
 
-    rule: str
-    """The rule, in words."""
-    where: str
-    """Recipe key."""
-    got: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.rule} (got {self.got}; {self.fix})"
-
-
-def check_layout(architecture: Architecture, recipe: Recipe) -> list[LayoutProblem]:
-    """Every rule that the recipe's layout breaks for this model; empty when it can run."""
+    Args:
+        architecture: The model.
+        recipe: What would run.
+        hardware: Hardware class it would run on; None leaves the rules about devices out.
+    """
     return [
         *_tensor_parallel(architecture, recipe),
         *_pipeline(architecture, recipe),
@@ -37,6 +31,7 @@ def check_layout(architecture: Architecture, recipe: Recipe) -> list[LayoutProbl
         *_experts(architecture, recipe),
         *_fp8(architecture, recipe),
         *_other(architecture, recipe),
+        *check_run(recipe, hardware=hardware),
     ]
 
 
@@ -121,10 +116,7 @@ def _pipeline(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProb
             )  # fmt: skip
             return
     middle, rest = pp - len(named), layers - sum(named.values())
-    if middle == 0:
-        is_even = rest == 0
-    else:
-        is_even = rest > 0 and rest % middle == 0
+    is_even = rest == 0 if middle == 0 else rest > 0 and rest % middle == 0
     if not is_even:
         yield LayoutProblem(
             rule="the layers that first and last stage leave must divide over the other stages",
@@ -248,9 +240,4 @@ def _other(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProblem
         yield LayoutProblem(
             rule="only a model with an audio tower can freeze it", where="model.freeze", got=architecture.family,
             fix="leave 'audio' out",
-        )  # fmt: skip
-    if recipe.train.engine == "fsdp2" and recipe.parallel.model_parallel_size > 1:
-        yield LayoutProblem(
-            rule="the fsdp2 engine splits over data-parallel ranks only", where="train.engine",
-            got=f"tp * pp * cp = {recipe.parallel.model_parallel_size}", fix="use engine = 'megatron'",
         )  # fmt: skip

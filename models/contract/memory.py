@@ -105,16 +105,28 @@ def estimate_memory(recipe: Recipe, architecture: Architecture) -> MemoryEstimat
     shards = recipe.num_processes // (tp * pp) if optimizer.use_distributed_optimizer else 1
     expert_ranks = recipe.num_processes // (parallel.expert_model_parallel_size * etp * pp)
     expert_shards = max(1, expert_ranks) if optimizer.use_distributed_optimizer else 1
-    if recipe.train.engine == "fsdp2":  # everything is cut over all ranks; two layers are whole at a time
-        layers = recipe.model.num_layers or architecture.text.num_layers
-        whole = 2 * (language + experts) / layers
-        dense, experts = (dense + experts) / recipe.num_processes + whole, 0.0
-        trained_dense = (trained_dense + trained_experts) / recipe.num_processes
-        trained_experts, shards = 0.0, 1
+    if recipe.train.engine == "fsdp2":
+        return _fsdp2(recipe, architecture, dense + experts, trained_dense + trained_experts)
     return MemoryEstimate(
         weights=(dense + experts) * width,
         gradients=(trained_dense + trained_experts) * gradient,
         optimizer=(trained_dense / shards + trained_experts / expert_shards) * state,
+        activations=_activations(recipe, architecture),
+        logits=_logits(recipe, architecture.text),
+    )
+
+
+def _fsdp2(recipe: Recipe, architecture: Architecture, parameters: float, trained: float) -> MemoryEstimate:
+    """Everything is cut over all ranks in fp32; two layers, and the root with its tables, are whole at a time."""
+    width = BYTES[recipe.precision.dtype]
+    layers = recipe.model.num_layers or architecture.text.num_layers
+    counts = count_parameters(architecture, num_layers=recipe.model.num_layers)
+    whole = 2 * (counts.language + counts.experts) / layers + counts.embedding
+    on_device = 0.0 if recipe.optimizer.cpu_offload_fraction > 0 else 1.0
+    return MemoryEstimate(
+        weights=on_device * parameters / recipe.num_processes * 4 + whole * width,
+        gradients=on_device * trained / recipe.num_processes * 4,
+        optimizer=on_device * trained / recipe.num_processes * 8,
         activations=_activations(recipe, architecture),
         logits=_logits(recipe, architecture.text),
     )

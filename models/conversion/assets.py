@@ -29,8 +29,10 @@ def asset_files(folder: Path) -> list[Path]:
     )
 
 
-def copy_assets(source: Path, target: Path) -> None:
-    """Copy every asset byte for byte."""
+def copy_assets(source: Path, target: Path, *, leave_out: frozenset[str] = frozenset()) -> None:
+    """Copy every asset byte for byte, except files of these names."""
     for name in asset_files(source):
+        if name.name in leave_out:
+            continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)

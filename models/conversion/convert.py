@@ -195,6 +195,8 @@ def write_shards_of(
         if config is not None:
             (folder / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
             (folder / RECORD_FILE).write_text(json.dumps(_record(summary), indent=2) + "\n", encoding="utf-8")
+            # Config and tokenizer beside the weights: training then needs no other folder.
+            copy_assets(source.checkpoint.folder, partial, leave_out=frozenset({INDEX_FILE}))
         (partial / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
 
     complete = run_job(

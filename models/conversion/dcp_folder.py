@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import threading
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
-from models.common.weight_rules import Shape
 from models.contract.errors import WeightMappingError
 from models.conversion.checkpoint_folder import check_stamps, read_exactly, stamp
 from models.conversion.regions import Box, row_box
+from models.conversion.tensor_record import RawData, broken_checkpoint, locate
 from models.conversion.tensor_source import TensorSpec
 
 METADATA_FILE = ".metadata"
@@ -45,15 +44,6 @@ class Chunk:
     file: str
     offset: int
     length: int
-
-
-@dataclass(frozen=True, slots=True)
-class RawData:
-    """Where a chunk's elements lie in its file, in C order."""
-
-    offset: int
-    dtype: torch.dtype
-    shape: Shape
 
 
 @dataclass(slots=True)
@@ -140,9 +130,9 @@ class DcpFolder:
             if key in self._raw:
                 return self._raw[key]
         handle = self._handle(chunk.file)
-        raw = _locate(handle, chunk, where=f"{self.folder / chunk.file}: {name}")
+        raw = locate(handle, chunk.offset, chunk.length, where=f"{self.folder / chunk.file}: {name}")
         if raw is not None and (raw.shape != chunk.box.size or raw.dtype != self.specs[name].dtype):
-            raise _broken(
+            raise broken_checkpoint(
                 f"{self.folder / chunk.file}: {name}", f"{chunk.box.size} {self.specs[name].dtype}",
                 f"{raw.shape} {raw.dtype}",
             )  # fmt: skip
@@ -186,7 +176,7 @@ def open_dcp(folder: Path) -> DcpFolder:
         IndexError,
         KeyError,
     ) as error:
-        raise _broken(str(file), "checkpoint metadata", str(error) or "a cut-off file") from None
+        raise broken_checkpoint(str(file), "checkpoint metadata", str(error) or "a cut-off file") from None
     specs, chunks, objects = {}, {}, []
     records = {
         (index.fqn, tuple(index.offset) if index.offset is not None else None): info
@@ -203,7 +193,7 @@ def open_dcp(folder: Path) -> DcpFolder:
         chunks[name] = tuple(_chunk(name, part, records, sizes, folder) for part in entry.chunks)
         covered = sum(math.prod(chunk.box.size) for chunk in chunks[name])
         if covered != math.prod(specs[name].shape):
-            raise _broken(
+            raise broken_checkpoint(
                 f"{folder}: {name}", f"{math.prod(specs[name].shape)} elements", f"{covered} in its chunks"
             )
     return DcpFolder(folder, specs, chunks, tuple(objects), stamps)
@@ -225,7 +215,7 @@ def find_iteration(folder: Path) -> Path:
     for root in (folder, folder / "checkpoints"):
         tracker = root / TRACKER_FILE
         if tracker.is_file():
-            text = tracker.read_text(encoding="utf-8").strip()
+            text = tracker.read_text(encoding="utf-8", errors="replace").strip()
             chosen = root / (f"iter_{int(text):07d}" if text.isdigit() else text)
             if (chosen / METADATA_FILE).is_file() and Path(text).name == text:
                 return chosen
@@ -242,7 +232,9 @@ def find_iteration(folder: Path) -> Path:
 def _chunk(name: str, part: Any, records: dict[Any, Any], sizes: dict[str, int], folder: Path) -> Chunk:
     info = records.get((name, tuple(part.offsets)))
     if info is None:
-        raise _broken(f"{folder}: {name}", "a record for every chunk", f"none for {tuple(part.offsets)}")
+        raise broken_checkpoint(
+            f"{folder}: {name}", "a record for every chunk", f"none for {tuple(part.offsets)}"
+        )
     if sizes.get(info.relative_path, -1) < info.offset + info.length:
         raise WeightMappingError(
             "a checkpoint file is missing or cut off", where=str(folder / info.relative_path),
@@ -251,106 +243,6 @@ def _chunk(name: str, part: Any, records: dict[Any, Any], sizes: dict[str, int],
             fix="use a complete checkpoint",
         )  # fmt: skip
     return Chunk(Box(tuple(part.offsets), tuple(part.sizes)), info.relative_path, info.offset, info.length)
-
-
-def _locate(handle: int, chunk: Chunk, *, where: str) -> RawData | None:
-    """Find a chunk's elements inside its record (a zip archive with stored members); None if it is unusual."""
-    window = io.BufferedReader(_Window(handle, chunk.offset, chunk.length))
-    try:
-        with zipfile.ZipFile(window) as archive:
-            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        pickled = members["data.pkl"]
-        data = os.pread(handle, pickled.file_size, chunk.offset + _member_data(handle, chunk, pickled))
-        header = _TensorUnpickler(io.BytesIO(data)).load()
-        info = members.get(f"data/{header.key}") if isinstance(header, _TensorHeader) else None
-    except (zipfile.BadZipFile, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise _broken(where, "a tensor record", str(error)) from None
-    if info is None or info.compress_type != zipfile.ZIP_STORED or not header.is_plain:
-        return None
-    start = chunk.offset + _member_data(handle, chunk, info)
-    return RawData(start + header.offset * header.dtype.itemsize, header.dtype, header.shape)
-
-
-def _member_data(handle: int, chunk: Chunk, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes start, from the record's start. `ZipFile.read` would also check the CRC, which
-    torch can leave out.
-    """
-    local = os.pread(handle, 30, chunk.offset + info.header_offset)
-    return (
-        info.header_offset
-        + 30
-        + int.from_bytes(local[26:28], "little")
-        + int.from_bytes(local[28:30], "little")
-    )
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file."""
-
-    def __init__(self, handle: int, start: int, length: int) -> None:
-        self.handle, self.start, self.length, self.position = handle, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
-        self.position = max(base + offset, 0)
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(min(len(buffer), self.length - self.position), 0)
-        data = os.pread(self.handle, count, self.start + self.position)
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-
-@dataclass(frozen=True, slots=True)
-class _TensorHeader:
-    key: str
-    dtype: torch.dtype
-    offset: int
-    shape: Shape
-    stride: Shape
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the elements lie in C order."""
-        expected, stride = 1, []
-        for extent in reversed(self.shape):
-            stride.append(expected)
-            expected *= extent
-        plain = tuple(reversed(stride))
-        return all(extent == 1 or a == b for extent, a, b in zip(self.shape, self.stride, plain, strict=True))
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads the header of one saved tensor and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: _TensorHeader(
-                storage[2], storage[1], offset, tuple(size), tuple(stride)
-            )
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _STORAGE_DTYPES:
-            return _STORAGE_DTYPES[name]
-        raise pickle.UnpicklingError(f"{module}.{name} in a tensor record")
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
-
-
-_STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -394,13 +286,3 @@ _ENUMS = (dcp_metadata._MEM_FORMAT_ENCODING,)
 
 def _refuse(name: str) -> Any:
     raise pickle.UnpicklingError(f"attribute {name} is not expected in checkpoint metadata")
-
-
-def _broken(where: str, expected: str, got: str) -> WeightMappingError:
-    return WeightMappingError(
-        "a sharded checkpoint is broken",
-        where=where,
-        expected=expected,
-        got=got,
-        fix="use a complete checkpoint",
-    )

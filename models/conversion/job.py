@@ -90,7 +90,7 @@ def check_target(job: Job, *, restart: bool) -> None:
         ConfigError: the result exists, the folder cannot be written, the disk is too small, or a partial result
             was made from something else.
     """
-    if job.target.exists():
+    if _is_taken(job.target):
         raise ConfigError(
             "the target exists",
             where=str(job.target),
@@ -192,7 +192,7 @@ def _finish(job: Job, finish: Callable[[Path, dict[str, dict[str, Any]]], None])
     if len(entries) < len(job.files):
         return False
     with _locked(job.partial / "lock-finish"):
-        if job.target.exists() or not job.partial.exists():
+        if _is_taken(job.target) or not job.partial.exists():
             return True  # another share was faster
         finish(job.partial, entries)
         shutil.rmtree(job.partial / JOURNAL)
@@ -200,6 +200,13 @@ def _finish(job: Job, finish: Callable[[Path, dict[str, dict[str, Any]]], None])
             leftover.unlink()
         job.partial.rename(job.target)
     return True
+
+
+def _is_taken(target: Path) -> bool:
+    """Whether something is there that could be lost; an empty folder is not."""
+    if target.is_dir() and not target.is_symlink():
+        return any(target.iterdir())
+    return target.exists() or target.is_symlink()
 
 
 def _plan(job: Job) -> dict[str, Any]:

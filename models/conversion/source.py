@@ -96,9 +96,16 @@ def check_against(
         for name, entry in stored.items()
         if name in known and entry.shape != known[name].shape
     )
-    if not (missing or extra or misshapen):
+    whole = sorted(
+        f"{name} {entry.dtype}"
+        for name, entry in stored.items()
+        if name in known and not entry.dtype.is_floating_point
+    )
+    if not (missing or extra or misshapen or whole):
         return
-    problems = [("missing", missing), ("unexpected", extra), ("wrong shape", misshapen)]
+    problems = [
+        ("missing", missing), ("unexpected", extra), ("wrong shape", misshapen), ("not floating point", whole)
+    ]  # fmt: skip
     raise WeightMappingError(
         "the checkpoint does not fit its config.json",
         where=str(checkpoint.folder),

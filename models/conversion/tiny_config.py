@@ -8,6 +8,7 @@ is neither the experts' size nor twice it, windows and full attention alternate,
 from typing import Any
 
 from models.contract.architecture import Family
+from models.contract.families import detect_family, published_config
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -102,6 +103,27 @@ def tiny_config(family: Family, *, moe: bool = False) -> dict[str, Any]:
     if family == "qwen3_vl":
         return _qwen3_vl(media, ends, moe=moe)
     return _qwen3_omni(media, ends, ids)
+
+
+def sized_config(name: str) -> dict[str, Any]:
+    """The ``config.json`` of a published size with the token ids of the tiny tokenizer; its vocabulary stays as large.
+
+    Args:
+        name: A published size, as in ``models/contract/published``.
+    """
+    config = published_config(name)
+    family = detect_family(config)
+    return _with_token_ids(config, tiny_config(family, moe="moe" in config["model_type"]))
+
+
+def _with_token_ids(config: dict[str, Any], tiny: dict[str, Any]) -> dict[str, Any]:
+    ids = {key: value for key, value in tiny.items() if key.endswith("_token_id")}
+    nested = {
+        key: _with_token_ids(value, tiny.get(key, {}))
+        for key, value in config.items()
+        if isinstance(value, dict)
+    }
+    return {**config, **nested, **{key: value for key, value in ids.items() if key in config}}
 
 
 def _qwen2_5_vl(media: dict[str, int], ends: dict[str, int]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from models.common.processing import load_processor
-from models.common.sequences import EncodedSample, MediaItem, line_run, truncate_sequence
+from models.common.processing import load_processor, process_image
+from models.common.sequences import EncodedSample, MediaItem, encode_sample, line_run, truncate_sequence
 from models.contract.architecture import Architecture
 from models.contract.families import family_part
 from models.contract.recipe import DataSection
@@ -113,7 +113,7 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample, items: tuple[MediaItem, ...]) -> EncodedSample:
         chat = tokenize_chat(self.processor, sample.turns, items, loss_mask=self.data.loss_mask)
-        encoded = self.family.encode_sample(sample.key, chat.ids, chat.supervised, items, self.architecture)
+        encoded = encode_sample(sample.key, chat.ids, chat.supervised, items, self.architecture.tokens)
         return self._within_limit(encoded)
 
     def process(self, medium: Medium) -> MediaItem:
@@ -129,7 +129,7 @@ class SampleEncoder:
     def _process(self, medium: Medium) -> MediaItem:
         if medium.kind == "image":
             image = decode_image(medium.data[0], medium.name)
-            return self.family.process_image(image, self.processor, self.architecture)
+            return process_image(image, self.processor, self.architecture)
         if medium.kind == "video" and not medium.with_sound:
             return self.family.process_video(decode_video(medium), self.processor, self.architecture)
         if "audio" not in self.family.MEDIA_KINDS:

@@ -18,12 +18,11 @@ from models.contract.recipe import DataSection
 from models.datasets.chat import LossMask
 from models.datasets.encoder import SampleEncoder, make_encoder
 from models.datasets.energon import open_dataset, worker_config
-from models.datasets.media import decode_audio, decode_image, decode_video
-from models.datasets.sample import Medium, Sample, SampleRejected, parse_sample
+from models.datasets.media import decode_medium
+from models.datasets.sample import Sample, SampleRejected, parse_sample
 from models.datasets.shards import dataset_counts
 
 HISTOGRAM_BINS = 12
-CHECK_RATE = 16000
 
 
 @dataclass(slots=True)
@@ -120,7 +119,7 @@ def _look(result: Inspection, members: dict[str, Any], encoder: SampleEncoder | 
             raise SampleRejected("unreadable tar", members["__unreadable__"])
         sample = parse_sample(members)
         for medium in sample.media:
-            check_medium(medium)
+            decode_medium(medium)
         encoded = encoder.encode(sample) if encoder is not None else None
     except SampleRejected as error:
         entry = {"file": str(members.get("__shard__", "")), "key": str(members["__key__"])}
@@ -133,16 +132,6 @@ def _look(result: Inspection, members: dict[str, Any], encoder: SampleEncoder | 
     _count(result.lengths, sample, encoded)
     if show:
         result.shown.append(_shown(sample, encoder, encoded))
-
-
-def check_medium(medium: Medium) -> None:
-    """Decode a medium and drop it. Raises SampleRejected."""
-    if medium.kind == "image":
-        decode_image(medium.data[0], medium.name)
-    elif medium.kind == "video":
-        decode_video(medium)
-    else:
-        decode_audio(medium.data[0], CHECK_RATE, medium.name)
 
 
 def _count(lengths: dict[str, list[int]], sample: Sample, encoded: EncodedSample | None) -> None:

@@ -14,98 +14,25 @@ same. A sample that cannot be used is counted, and the next stream is asked: fro
 sees another order.
 """
 
-import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
-from megatron.energon.errors import FatalSampleError
-
 from models.common.batch import Batch
+from models.common.batching import build_batch
 from models.common.sequences import EncodedSample
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError, DataError
+from models.contract.layout import sequence_multiple
 from models.contract.recipe import Recipe
 from models.contract.site import Site
 from models.datasets.encoder import Rejection, SampleEncoder, make_encoder
-from models.datasets.energon import ChatTaskEncoder, open_dataset, open_stream, worker_config
-from models.datasets.loader_state import decode_state, encode_state
-from models.datasets.packing import PackingTaskEncoder, packing_buffer_size
+from models.datasets.energon import open_dataset, worker_config
+from models.datasets.ledger import SkipLedger
 from models.datasets.shards import dataset_counts
+from models.datasets.streams import FixedOrder, Streams, dataset_stamp, open_streams
 
-logger = logging.getLogger(__name__)
-
-MAX_STREAMS = 16
-"""Streams in one process: each keeps a few files open."""
-PATIENCE = 32
-"""Samples that may be rejected from the start before a dataset counts as wholly rejected."""
-MIN_READ = 200
-"""Samples read before the skipped share is judged; a smaller dataset is judged after one pass."""
 STATE_VERSION = 1
-
-
-@dataclass(slots=True)
-class SkipLedger:
-    """Which samples were skipped, and when that is too much.
-
-    Raises:
-        DataError: from `reject`, when nothing is usable or the share passes `max_fraction`.
-    """
-
-    folder: str
-    num_samples: int
-    max_fraction: float
-    num_read: int = 0
-    num_skipped: int = 0
-    samples: list[dict[str, str]] = field(default_factory=list)
-    """Every skipped sample once: file, key, reason, detail."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Skips by reason."""
-
-    def accept(self, count: int = 1) -> None:
-        """Count used samples."""
-        self.num_read += count
-
-    def reject(self, rejection: Rejection) -> None:
-        """Count a skipped sample, and judge."""
-        self.num_read += 1
-        self.num_skipped += 1
-        self.reasons[rejection.reason] += 1
-        entry = rejection.to_dict()
-        if entry not in self.samples:
-            self.samples.append(entry)
-            logger.warning(
-                "skipped %s in %s: %s %s", entry["key"], entry["file"], entry["reason"], entry["detail"]
-            )
-        if rejection.stops_the_run:
-            raise DataError(
-                f"unusable sample: {rejection.reason}", where=f"{self.folder}: {rejection.file}: {rejection.key}",
-                got=rejection.detail, fix='raise data.seq_length, or set data.over_length to "skip" or "truncate"',
-            )  # fmt: skip
-        self._judge()
-
-    def _judge(self) -> None:
-        nothing_usable = self.num_skipped == self.num_read
-        if nothing_usable and self.num_read >= min(PATIENCE, self.num_samples):
-            raise self._error(f"no usable sample among the first {self.num_read}", "at least one")
-        limit = self.max_fraction
-        judged = self.num_read >= min(MIN_READ, self.num_samples)
-        if judged and self.num_skipped > limit * self.num_read:
-            raise self._error(
-                f"too many samples skipped: {self.num_skipped} of {self.num_read}", f"at most {limit:.1%}"
-            )
-
-    def _error(self, what: str, expected: str) -> DataError:
-        first = self.samples[0]
-        return DataError(
-            what, where=self.folder, expected=expected,
-            got="; ".join(f"{reason}: {count}" for reason, count in self.reasons.most_common(3))
-            + f"; first: {first['file']}: {first['key']}: {first['detail'] or first['reason']}",
-            fix="look at it with `qwen-harness data inspect`, repair it, or raise data.max_skipped_fraction",
-        )  # fmt: skip
 
 
 class BatchLoader:
@@ -116,7 +43,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        source: "Streams | FixedOrder",
+        source: Streams | FixedOrder,
         collate: Callable[[list[EncodedSample]], Batch],
         *,
         samples_per_batch: int,
@@ -170,11 +97,9 @@ class BatchLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, as plain JSON."""
-        ledger = self._ledger
         return {
             "version": STATE_VERSION, "layout": self._layout, "source": self._source.state(),
-            "num_read": ledger.num_read, "num_skipped": ledger.num_skipped, "skipped": ledger.samples,
-            "reasons": dict(ledger.reasons),
+            **self._ledger.state(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -193,68 +118,7 @@ class BatchLoader:
                 fix="resume with the dataset, seed, num_workers and number of ranks that it was saved with",
             )  # fmt: skip
         self._source.restore(state["source"])
-        self._ledger.num_read, self._ledger.num_skipped = state["num_read"], state["num_skipped"]
-        self._ledger.samples, self._ledger.reasons = list(state["skipped"]), Counter(state["reasons"])
-
-
-class Streams:
-    """Energon loaders of one rank, asked in turn."""
-
-    def __init__(self, loaders: list[Any], folder: str) -> None:
-        self._loaders, self._folder = loaders, folder
-        self._iterators: list[Iterator[Any]] | None = None
-        self._turn = 0
-
-    def next_sample(self) -> EncodedSample | Rejection | list[EncodedSample | Rejection]:
-        """Next outcome of the stream whose turn it is; then it is the next one's, as it is among worker processes."""
-        if self._iterators is None:
-            self._iterators = [iter(loader) for loader in self._loaders]
-        turn, self._turn = self._turn, (self._turn + 1) % len(self._loaders)
-        try:
-            return next(self._iterators[turn])["encoded"]
-        except StopIteration:
-            raise DataError(
-                "a stream ended", where=self._folder, fix="the dataset is empty; prepare it again"
-            ) from None
-        except FatalSampleError as error:
-            raise DataError("the dataset cannot be read", where=self._folder, got=str(error)[:500]) from error
-
-    def state(self) -> Any:
-        """Plain JSON."""
-        return {
-            "turn": self._turn,
-            "loaders": [encode_state(loader.save_state_rank()) for loader in self._loaders],
-        }
-
-    def restore(self, state: Any) -> None:
-        """Restore before the first sample."""
-        self._turn = state["turn"]
-        self._iterators = None
-        for loader, saved in zip(self._loaders, state["loaders"], strict=True):
-            loader.restore_state_rank(decode_state(saved))
-
-
-class FixedOrder:
-    """One pass over a split in the order of its shards: every `step`-th sample from `first` on."""
-
-    def __init__(self, reader: Any, encoder: SampleEncoder, *, first: int, step: int) -> None:
-        self._reader, self._encoder, self._next, self._step = reader, encoder, first, step
-
-    def next_sample(self) -> EncodedSample | Rejection:
-        """Next outcome. Raises StopIteration at the end."""
-        if self._next >= len(self._reader):
-            raise StopIteration
-        members = self._reader[self._next]
-        self._next += self._step
-        return self._encoder(members)
-
-    def state(self) -> Any:
-        """Plain JSON."""
-        return self._next
-
-    def restore(self, state: Any) -> None:
-        """Go to where `state` was taken."""
-        self._next = state
+        self._ledger.restore(state)
 
 
 def build_loader(
@@ -296,7 +160,7 @@ def build_loader(
         "shuffle_buffer_size": data.shuffle_buffer_size,
     }  # fmt: skip
     if split == "train":
-        source: Streams | FixedOrder = _streams(
+        source: Streams | FixedOrder = open_streams(
             recipe, str(folder), count, encoder, data_parallel_rank, data_parallel_size
         )
     else:
@@ -317,8 +181,7 @@ def make_collate(
     """How samples become a batch under a recipe: padded length, packing, and what the layout needs to divide."""
     parallel = recipe.parallel
     context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-    sequence = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    multiple = context * sequence * (16 if recipe.precision.fp8 else 1)
+    multiple = sequence_multiple(recipe)
     length = recipe.data.seq_length if recipe.data.padding == "max_length" else None
     if length is not None and length % multiple:
         raise ConfigError(
@@ -327,64 +190,10 @@ def make_collate(
         )  # fmt: skip
 
     def collate(samples: list[EncodedSample]) -> Batch:
-        return encoder.family.build_batch(
-            samples, pad_token=encoder.pad_token, seq_length=length, packing=packing, multiple_of=multiple,
+        return build_batch(
+            samples, pad_token=encoder.pad_token, seq_length=length, packing=packing,
+            multiple_of=multiple * (16 if recipe.precision.fp8 else 1),
             sequence_multiple_of=context if packing else 1,
         )  # fmt: skip
 
     return collate
-
-
-def num_streams(recipe: Recipe, data_parallel_size: int, num_samples: int) -> int:
-    """Streams over all ranks. With `num_workers` 0 it follows from the global batch, not from the ranks.
-
-    Raises:
-        DataError: fewer samples than streams that are needed at least.
-    """
-    data = recipe.data
-    if data.num_workers or data.packing:
-        wanted = data_parallel_size * max(1, data.num_workers)
-    else:
-        wanted = math.gcd(recipe.train.global_batch_size, MAX_STREAMS)
-        while wanted > num_samples:
-            wanted //= 2
-        wanted = wanted if wanted and wanted % data_parallel_size == 0 else data_parallel_size
-    if wanted > num_samples:
-        raise DataError(
-            "the dataset is smaller than its streams", expected=f"at least {wanted} samples", got=str(num_samples),
-            fix="lower data.num_workers or the number of data-parallel ranks, or add samples",
-        )  # fmt: skip
-    return wanted
-
-
-def _streams(
-    recipe: Recipe, folder: str, count: int, encoder: SampleEncoder, rank: int, size: int
-) -> Streams:
-    data, seed = recipe.data, recipe.train.seed
-    total = num_streams(recipe, size, count)
-    mine = total // size
-    buffer = math.ceil(data.shuffle_buffer_size / total)  # not of the ranks: see the top
-    packing_buffer = packing_buffer_size(data) if data.packing else None
-    task_encoder = PackingTaskEncoder(encoder, recipe) if data.packing else ChatTaskEncoder(encoder)
-    if data.num_workers:
-        configs = [worker_config(rank, size, data.num_workers, seed)]
-    else:
-        configs = [worker_config(rank * mine + i, total, 0, seed) for i in range(mine)]
-    loaders = [
-        open_stream(
-            folder,
-            "train",
-            task_encoder,
-            config,
-            shuffle_buffer_size=buffer,
-            packing_buffer_size=packing_buffer,
-        )
-        for config in configs
-    ]
-    return Streams(loaders, folder)
-
-
-def dataset_stamp(folder: Path, split: str) -> str:
-    """What makes a dataset another one: energon's index id and the split."""
-    identity = folder / ".nv-meta" / "index.uuid"
-    return f"{identity.read_text().strip() if identity.exists() else folder}:{split}"

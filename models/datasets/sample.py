@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 MediaKind = Literal["image", "video", "audio"]
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair: JSON can write it, UTF-8 cannot."""
 MARKER = re.compile(r"<(image|video|audio)>")
 Role = Literal["system", "user", "assistant"]
 ROLE_OF: dict[str, Role] = {
@@ -133,6 +135,8 @@ def parse_turns(raw: Any) -> tuple[Turn, ...]:
             raise SampleRejected("unknown role", f"message {index}: {role!r}")
         if not isinstance(content, str):
             raise SampleRejected("bad json", f"message {index}: content is not text")
+        if HALF_PAIR.search(content):
+            raise SampleRejected("text is not utf-8", f"message {index} holds half a surrogate pair")
         if ROLE_OF[role] == "assistant" and not content.strip():
             raise SampleRejected("empty answer", f"message {index}")
         turns.append(Turn(ROLE_OF[role], content))

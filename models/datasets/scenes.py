@@ -46,7 +46,8 @@ DEFAULT_MIX: dict[SceneKind, float] = {
 }  # fmt: skip
 COLOUR_MIX: dict[SceneKind, float] = {"colour": 0.6, "colours": 0.25, "clip": 0.05, "choice": 0.1}
 """Colours alone: what a tiny model learns from random weights within a hundred steps, so that a 500-step curve ends on
-its floor whatever the rounding. Shapes, places and counts it learns late and at times that rounding decides."""
+its floor whatever the rounding. Shapes, places, counts and which of two images was meant it learns late and at times
+that rounding decides."""
 SENTENCES = (
     "It is {}.", "I see {}.", "That one is {}.", "The shape is {}.", "Here is something {}.", "Clearly {}.",
 )  # fmt: skip
@@ -280,9 +281,8 @@ def _colour(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
 def _colours(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
     canvases = (_canvas(rng), _canvas(rng))
     figures = [_single(rng, canvas[0], canvas[1])[0] for canvas in canvases]
-    both = f"{figures[0].colour} and {figures[1].colour}"
-    ask = "First image: <image>\nSecond image: <image>\nWhich colours are they?"
-    texts = (ask, both, *_sentence(rng, both))
+    first, second = (figure.colour for figure in figures)
+    texts = ("<image>\nWhat colour?", first, "<image>\nWhat colour?", second, *_sentence(rng, second))
     draw = lambda: {  # noqa: E731 - drawn only when the scene is kept
         f"image{i}.jpg": _render(canvas, [figure])
         for i, (canvas, figure) in enumerate(zip(canvases, figures, strict=True))

@@ -4,6 +4,9 @@
 import base64
 import html
 import io
+import re
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +19,8 @@ from models.datasets.sample import Medium
 THUMB = 160
 VIDEO_FRAMES = 4
 COLUMNS, CELL = 4, 340
+WORD = re.compile(r"<\|[^|]*\|>|\n|[^\S\n]+|[^\s<]{1,36}|<")
+"""What a line is made of: special tokens, line ends, blanks, words; a word longer than a line is cut."""
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title><style>
 body{{font:14px/1.45 system-ui,sans-serif;margin:24px;background:#fafafa;color:#222}}
 main{{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:16px}}
@@ -112,6 +117,7 @@ def render_image(result: Inspection) -> Image.Image:
 
 def _draw_cell(sheet: Image.Image, shown: Shown, left: int, top: int) -> None:
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    canvas.rectangle((left - 4, top - 4, left + CELL - 14, top + CELL - 14), outline="#dddddd")
     canvas.text((left, top), f"{shown.sample.key}  {shown.length or ''}", fill="#777777", font=font)
     x, height = left, 0
     for medium in shown.sample.media:
@@ -129,14 +135,16 @@ def _draw_text(
     canvas: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, pieces: list[tuple[str, bool]],
     left: int, top: int, *, right: int, bottom: int,
 ) -> None:  # fmt: skip
-    x, y, space = float(left), top, canvas.textlength(" ", font=font)
-    for piece, learned in pieces:
-        words = piece.replace("\n", "¶ ").split(" ")
-        for index, word in enumerate(words):
-            width = canvas.textlength(word, font=font)
-            if x + width > right:
+    """Words flow as in a page; what follows a newline begins a line, and what does not fit is left out."""
+    x, y = float(left), top
+    for learned, run in groupby(pieces, key=itemgetter(1)):
+        text = "".join(piece for piece, _ in run)
+        for word in WORD.findall(text):
+            width = canvas.textlength(word, font=font) if word != "\n" else 0.0
+            if word == "\n" or (x + width > right and not word.isspace()):
                 x, y = float(left), y + 16
-            if y > bottom:
+            if y > bottom - 16:
                 return
-            canvas.text((x, y), word, fill="#0a7a2f" if learned else "#444444", font=font)
-            x += width + (space if index < len(words) - 1 else 0)
+            if word != "\n":
+                canvas.text((x, y), word, fill="#0a7a2f" if learned else "#444444", font=font)
+                x += width

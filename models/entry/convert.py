@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from models.conversion.convert import Options, Summary
 from models.conversion.progress import byte_progress
 from models.conversion.tensor_source import few
 from models.conversion.tiny import Init, write_tiny_checkpoint
+from models.conversion.tiny_config import sized_config
 from models.conversion.verify import verify as compare
 
 PROGRAM = os.environ.get("QWEN_HARNESS_PROG", "python -m models.entry.convert")
@@ -47,7 +49,8 @@ Experts = Annotated[
     ),
 ]
 Finite = Annotated[bool, typer.Option("--finite", help="refuse NaN and infinity instead of reporting them")]
-Workers = Annotated[int, typer.Option(min=1, help="threads")]
+WORKERS = min(8, os.cpu_count() or 2)
+Workers = Annotated[int, typer.Option(min=1, help="threads; default: one for each processor, at most 8")]
 Share = Annotated[
     str,
     typer.Option(
@@ -77,7 +80,7 @@ def hf_to_megatron(
     dtype: Dtype = "source",
     expert_layout: Experts = None,
     finite: Finite = False,
-    workers: Workers = 2,
+    workers: Workers = WORKERS,
     share: Share = "0/1",
     restart: Restart = False,
     dry_run: DryRun = False,
@@ -100,7 +103,7 @@ def megatron_to_hf(
     dtype: Dtype = "source",
     expert_layout: Experts = None,
     finite: Finite = False,
-    workers: Workers = 2,
+    workers: Workers = WORKERS,
     share: Share = "0/1",
     restart: Restart = False,
     dry_run: DryRun = False,
@@ -122,7 +125,7 @@ def hf_to_dcp(
     dtype: Dtype = "source",
     expert_layout: Experts = None,
     finite: Finite = False,
-    workers: Workers = 2,
+    workers: Workers = WORKERS,
     share: Share = "0/1",
     restart: Restart = False,
     dry_run: DryRun = False,
@@ -143,7 +146,7 @@ def dcp_to_hf(
     dtype: Dtype = "source",
     expert_layout: Experts = None,
     finite: Finite = False,
-    workers: Workers = 2,
+    workers: Workers = WORKERS,
     share: Share = "0/1",
     restart: Restart = False,
     dry_run: DryRun = False,
@@ -164,7 +167,7 @@ def dcp_to_megatron(
     dtype: Dtype = "source",
     expert_layout: Experts = None,
     finite: Finite = False,
-    workers: Workers = 2,
+    workers: Workers = WORKERS,
     share: Share = "0/1",
     restart: Restart = False,
     dry_run: DryRun = False,
@@ -189,7 +192,7 @@ def megatron_to_dcp(
     dtype: Dtype = "source",
     expert_layout: Experts = None,
     finite: Finite = False,
-    workers: Workers = 2,
+    workers: Workers = WORKERS,
     share: Share = "0/1",
     restart: Restart = False,
     dry_run: DryRun = False,
@@ -215,17 +218,33 @@ def verify(
     cast: Annotated[
         bool, typer.Option("--cast", help="compare after converting LEFT to RIGHT's number format")
     ] = False,
+    logits: Annotated[
+        bool,
+        typer.Option(
+            "--logits",
+            help="also compare logits with transformers on a fixed multimodal batch, in fp32 and bf16; needs memory "
+            "for the whole model in fp32",
+        ),
+    ] = False,
     expert_layout: Experts = None,
-    workers: Workers = 2,
+    workers: Workers = WORKERS,
 ) -> None:
     """Compare two checkpoints bit by bit: keys, shapes, number formats, values. Exit code 1 if they differ.
 
-    Example: convert verify checkpoints/Qwen3-VL-8B out/8b-exported --out reports/conversion.json
-    """
+    \b
+    Examples:
+      convert verify checkpoints/Qwen3-VL-8B out/8b-exported --out reports/conversion.json
+      convert verify checkpoints/Qwen3-VL-8B checkpoints/Qwen3-VL-8B-megatron --logits
+    """  # noqa: D301 - \b is typer's mark for a block that is not re-wrapped
     with byte_progress("comparing") as (start, advance):
         report = compare(
             left, right, workers=workers, experts=expert_layout, cast=cast, on_start=start, advance=advance
         )
+    report["logits"] = []
+    if logits and not (report["missing"] or report["unexpected"]):  # else there is no model to run
+        from models.entry.logits import verify_logits  # loads transformers and Megatron
+
+        report["logits"] = [asdict(row) for row in verify_logits(left, right)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(out.name + ".partial")
@@ -233,7 +252,7 @@ def verify(
         partial.replace(out)
     for line in report_lines(report):
         typer.echo(line)
-    if not report["is_equal"]:
+    if not report["is_equal"] or not all(row["is_close"] for row in report["logits"]):
         raise typer.Exit(1)
 
 
@@ -242,6 +261,10 @@ def tiny(
     target: Annotated[Path, typer.Argument(help="folder to make")],
     family: Annotated[Family, typer.Option(help=", ".join(FAMILIES))],
     moe: Annotated[bool, typer.Option("--moe", help="mixture of experts (Qwen3-VL)")] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(help="a published size (qwen3_vl_2b, …) instead of tiny ones, same tokenizer"),
+    ] = None,
     init: Annotated[
         Init, typer.Option(help="training: learns from scratch; random: for parity; coded: for conversion")
     ] = ("training"),
@@ -251,10 +274,12 @@ def tiny(
     """Write a tiny, complete HF checkpoint: weights in shards, tokenizer, template, processors.
 
     Example: convert tiny checkpoints/tiny-qwen3-vl --family qwen3_vl
+    Example: convert tiny checkpoints/sized-2b --family qwen3_vl --size qwen3_vl_2b --dtype bf16
     """
     format_ = DTYPES[dtype]
     assert format_ is not None
-    write_tiny_checkpoint(target, family, seed=seed, moe=moe, init=init, dtype=format_)
+    config = None if size is None else sized_config(size)
+    write_tiny_checkpoint(target, family, seed=seed, moe=moe, init=init, dtype=format_, config=config)
     typer.echo(f"wrote {target}")
 
 
@@ -268,7 +293,18 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         if report[kind]:
             lines.append(f"{kind:<11} {len(report[kind])}: {few(report[kind])}")
     lines += [f"declared    {name}: {why}" for name, why in list(report["declared"].items())[:10]]
-    return lines
+    return lines + [logits_line(row) for row in report["logits"]]
+
+
+def logits_line(row: dict[str, Any]) -> str:
+    """One number format's comparison of logits with transformers."""
+    verdict = "close to" if row["is_close"] else "DIFFERENT from"
+    beside = f" (transformers: {row['reference_rms_error']:.1e})" if row["reference_rms_error"] else ""
+    return (
+        f"logits {row['dtype']} {verdict} transformers' fp32: largest error {row['max_error']:.1e}, rms "
+        f"{row['rms_error']:.1e}{beside}, limit {row['limit']:.1e}, same token at {row['same_token']:.1%} of "
+        f"{row['num_real_tokens']} positions"
+    )
 
 
 def _run(
@@ -320,12 +356,19 @@ def parse_share(text: str) -> tuple[int, int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("megatron", "torch", "transformers", "nv_one_logger", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(1)  # the worker threads are the parallelism
     torch.serialization.set_crc32_options(False)  # every block is read back and compared instead
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name=PROGRAM)
     except HarnessError as error:
         typer.echo(str(error), err=True)
+        return 1
+    except OSError as error:  # a source that cannot be read, a name that no file can have
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
         return 1
     except KeyboardInterrupt:
         return _interrupted()

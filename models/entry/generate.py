@@ -110,6 +110,10 @@ def answer(
         asked = list(read_requests(requests))
     else:
         asked = [build(key=str(path), images=[path]) for path in image] if each else [build(images=image)]
+    if not asked:
+        raise DataError(
+            "nothing is asked", where=str(requests or "--each"), expected="at least one request or image"
+        )
     options = GenerationOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )

@@ -30,6 +30,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--step-timeout", type=float, default=1800.0, metavar="SECONDS", help="a longer step is a hang"
     )
+    parser.add_argument(
+        "--trace", type=int, metavar="ITERATION", help="record this iteration's tensors, for `diverge`"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files")
     return parser.parse_args(arguments)
 
@@ -56,6 +59,7 @@ def main() -> int:
             stop_after=arguments.stop_after,
             step_timeout_s=arguments.step_timeout,
             tensorboard=arguments.tensorboard,
+            trace=arguments.trace,
         )
         train(recipe, site, arguments.run_dir, options)
         return 0

@@ -50,7 +50,12 @@ def _decode(medium: Medium, processor: Any) -> DecodedMedium:
         return decode_image(medium.data[0], medium.name)
     if medium.kind == "video":
         return decode_video(medium)
-    return decode_audio(medium.data[0], processor.feature_extractor.sampling_rate, medium.name)
+    extractor = processor.feature_extractor
+    samples = decode_audio(medium.data[0], extractor.sampling_rate, medium.name)
+    needed = extractor.n_fft // 2 + 1  # the first window mirrors half of itself
+    if samples.size < needed:
+        raise SampleRejected("audio too short", f"{medium.name}: {samples.size} samples, needs {needed}")
+    return samples
 
 
 def _blank(content: DecodedMedium) -> DecodedMedium:

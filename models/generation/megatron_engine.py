@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.common.batch import Batch
-from models.common.sequences import EncodedSample
+from models.common.batching import build_batch
+from models.common.processing import process_image
+from models.common.sequences import EncodedSample, encode_sample
 from models.contract.architecture import Architecture
 from models.contract.errors import DataError
 from models.contract.families import family_part
@@ -80,13 +81,12 @@ def encode_prompt(request: Sample, engine: MegatronEngine, *, blank: bool) -> En
         DataError: a medium does not decode, or the processor refuses it.
     """
     family = family_part(engine.architecture.family, "data")
-    process = {"image": "process_image", "video": "process_video", "audio": "process_audio"}
+    process = {kind: getattr(family, f"process_{kind}") for kind in family.MEDIA_KINDS if kind != "image"}
+    process["image"] = process_image
     items = []
     for medium, content in decode_media(request, engine.processor, blank=blank):
         try:
-            items.append(
-                getattr(family, process[medium.kind])(content, engine.processor, engine.architecture)
-            )
+            items.append(process[medium.kind](content, engine.processor, engine.architecture))
         except ValueError as error:
             raise DataError(
                 f"{medium.kind} cannot be used", where=f"{request.key}: {medium.name}", got=str(error)
@@ -95,7 +95,7 @@ def encode_prompt(request: Sample, engine: MegatronEngine, *, blank: bool) -> En
     text = insert_media(engine.processor, text, items)
     ids = torch.tensor(engine.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
     nothing = torch.zeros_like(ids, dtype=torch.bool)
-    return family.encode_sample(request.key, ids, nothing, tuple(items), engine.architecture)
+    return encode_sample(request.key, ids, nothing, items, engine.architecture.tokens)
 
 
 def append_token(sample: EncodedSample, token: int) -> EncodedSample:
@@ -111,10 +111,7 @@ def append_token(sample: EncodedSample, token: int) -> EncodedSample:
 
 def _next_logits(engine: MegatronEngine, rows: Sequence[EncodedSample]) -> Tensor:
     """Logits [b, v] float32 behind the last token of every row."""
-    build_batch = family_part(engine.architecture.family, "data").build_batch
-    batch: Batch = build_batch(
-        list(rows), pad_token=pad_token(engine.processor), multiple_of=engine.sequence_multiple_of
-    )
+    batch = build_batch(rows, pad_token=pad_token(engine.processor), multiple_of=engine.sequence_multiple_of)
     batch = dataclasses.replace(batch, labels=None).to(engine.device)
     logits = engine.model(batch)  # [b, s, v]
     last = torch.tensor([row.length - 1 for row in rows], device=logits.device)

@@ -132,7 +132,7 @@ def generate(
     scores = _Sampler(make_generators([request.key for request in requests], options.seed), options)
     width = max(lengths)
     output = engine.model.generate(
-        **{name: _to_model(value, engine) for name, value in inputs.items()},
+        **{name: to_model(value, engine) for name, value in inputs.items()},
         max_new_tokens=min(options.max_new_tokens, limit - width),
         do_sample=False,
         logits_processor=LogitsProcessorList([scores]),
@@ -175,6 +175,8 @@ def encode_request(request: Sample, processor: Any, *, blank: bool) -> dict[str,
     if audios:
         arguments["audio"] = audios
     outputs = processor(text=[text], return_tensors="pt", **arguments)
+    if "video_second_per_grid" in outputs:
+        outputs["video_second_per_grid"] = _seconds_per_grid(videos, processor)
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
 
 
@@ -200,6 +202,17 @@ def _video_arguments(videos: Sequence[DecodedVideo], processor: Any) -> dict[str
     return arguments
 
 
+def _seconds_per_grid(videos: Sequence[DecodedVideo], processor: Any) -> Tensor:
+    """Seconds that a temporal patch of each video lasts, float32.
+
+    The processor of Qwen3-Omni takes one frame a second for granted, whatever rate its own sampler has (transformers
+    5.17), which would let films run at half speed.
+    """
+    sampler = processor.video_processor
+    rates = [video.fps if video.is_sampled else sampler.fps or DEFAULT_VIDEO_FPS for video in videos]
+    return torch.tensor([sampler.temporal_patch_size / rate for rate in rates])
+
+
 def left_pad(encoded: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
     """Join inputs of single requests into one batch: sequences are padded on the left, media follow one another."""
     width = max(inputs["input_ids"].shape[1] for inputs in encoded)
@@ -216,7 +229,8 @@ def left_pad(encoded: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor
     return joined
 
 
-def _to_model(value: Tensor, engine: TransformersEngine) -> Tensor:
+def to_model(value: Tensor, engine: TransformersEngine) -> Tensor:
+    """An input on the model's device; numbers that are not whole in the model's format."""
     dtype = engine.model.dtype if value.is_floating_point() else value.dtype
     return value.to(engine.device, dtype)
 

@@ -201,12 +201,18 @@ def _labels(input_ids: Tensor, kinds: Tensor, mask: Tensor, generator: torch.Gen
     return torch.nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
+def packed_positions(batch: Batch, *, multiple: int = 1) -> Tensor:
+    """Index into the flattened b*s of every position that :func:`pack` keeps, [s]."""
+    width = batch.input_ids.shape[1]
+    lengths = [-(-length // multiple) * multiple for length in batch.sample_lengths]
+    return torch.cat([row * width + torch.arange(length) for row, length in enumerate(lengths)])
+
+
 def pack(batch: Batch, *, multiple: int = 1) -> Batch:
     """The same samples as one packed row, each padded to `multiple`."""
     lengths = [-(-length // multiple) * multiple for length in batch.sample_lengths]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    width = batch.input_ids.shape[1]
-    keep = torch.cat([row * width + torch.arange(length) for row, length in enumerate(lengths)])
+    keep = packed_positions(batch, multiple=multiple)
     new_place = torch.full((batch.input_ids.numel(),), -1).scatter(0, keep, torch.arange(len(keep)))
     assert batch.labels is not None
     return Batch(

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both sides of a comparison: what transformers computes, what our model computes, and how far they are apart."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -123,21 +124,50 @@ def gradient_errors(
     the part is next to nothing it is measured against the tensor, and where the tensor is (a key's bias, which the
     softmax cancels: 1e-9 of rounding in fp32), against `floor`; the smallest real one is 5e-4 of the largest.
     """
+    errors: dict[str, float] = {}
+    smallest = floor * max(gradient.norm().item() for gradient in reference.values())
+    with _gradient_shards(model, gradients) as parts:
+        for part in parts:
+            assert part.data is not None
+            wanted = _slice_of(part, reference)
+            whole = reference[part.key]
+            scale = max(wanted.norm().item(), 1e-3 * whole.norm().item(), smallest)
+            difference = (part.data.to("cpu", torch.float32) - wanted).norm().item()
+            errors[part.key] = max(errors.get(part.key, 0.0), difference / scale)
+    return errors
+
+
+@torch.no_grad()
+def gradient_square_sum(model: MultimodalModel, gradients: Mapping[str, Tensor]) -> float:
+    """Sum of the squares of this rank's gradients, each tensor counted by one of the ranks that hold it.
+
+    Args:
+        model: As for :func:`gradient_errors`.
+        gradients: This rank's gradients by parameter name.
+    """
+    with _gradient_shards(model, gradients) as parts:
+        counted = [part.data for part in parts if part.data is not None and is_main_replica(part.replica_id)]
+        return sum(gradient.double().square().sum().item() for gradient in counted)
+
+
+def gradient_norm(gradients: Mapping[str, Tensor]) -> float:
+    """Norm over all global gradients."""
+    return sum(gradient.double().square().sum().item() for gradient in gradients.values()) ** 0.5
+
+
+@contextlib.contextmanager
+def _gradient_shards(
+    model: MultimodalModel, gradients: Mapping[str, Tensor]
+) -> Iterator[list[ShardedTensor]]:
+    """The model's shards with gradients for values; they refer to the parameters, which are put back at the end."""
     values = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.data = gradients[name].to(values[name].dtype)
-    errors: dict[str, float] = {}
-    smallest = floor * max(gradient.norm().item() for gradient in reference.values())
-    for part in shards(model):
-        assert part.data is not None
-        wanted = _slice_of(part, reference)
-        whole = reference[part.key]
-        scale = max(wanted.norm().item(), 1e-3 * whole.norm().item(), smallest)
-        difference = (part.data.to("cpu", torch.float32) - wanted).norm().item()
-        errors[part.key] = max(errors.get(part.key, 0.0), difference / scale)
-    for name, parameter in model.named_parameters():
-        parameter.data = values[name]
-    return errors
+    try:
+        yield shards(model)
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = values[name]
 
 
 def relative_error(ours: Tensor, reference: Tensor, mask: Tensor | None = None) -> float:
@@ -148,9 +178,12 @@ def relative_error(ours: Tensor, reference: Tensor, mask: Tensor | None = None) 
 
 
 def real_positions(batch: Batch) -> Tensor:
-    """[b, s] bool: positions that are not padding."""
-    lengths = torch.tensor(batch.sample_lengths)
-    return torch.arange(batch.input_ids.shape[1]) < lengths[:, None]
+    """[b, s] bool: positions that are not padding. Of a packed row, [1, s]."""
+    lengths, place = torch.tensor(batch.sample_lengths), torch.arange(batch.input_ids.shape[1])
+    if batch.cu_seqlens is None:
+        return place < lengths[:, None]
+    starts = batch.cu_seqlens[: len(lengths)].long()
+    return ((place >= starts[:, None]) & (place < (starts + lengths)[:, None])).any(dim=0)[None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +199,8 @@ class Comparison:
     worst: str
     """That parameter."""
     num_gradients: int
+    gradient_norm: float
+    """Relative difference of the norm over all gradients."""
 
 
 def compare(
@@ -190,10 +225,12 @@ def compare(
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     errors = gradient_errors(model, reference.gradients, gradients, floor=gradient_floor)  # type: ignore[arg-type]
     worst = max(errors, key=errors.__getitem__)
+    norm = gradient_norm(reference.gradients)
     return Comparison(
         logits=relative_error(logits, reference.logits, real_positions(batch)),
         loss=relative_error(losses.detach().cpu(), reference.token_losses),
         gradient=errors[worst],
         worst=worst,
         num_gradients=len(errors),
+        gradient_norm=abs(gradient_square_sum(model, gradients) ** 0.5 - norm) / norm,  # type: ignore[arg-type]
     )

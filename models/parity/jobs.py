@@ -4,18 +4,20 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from models.common.batch import Batch
 from models.common.settings import ModelSettings
 from models.contract.errors import RunError
-from models.parity.cases import make_case, pack
-from models.parity.compare import run_oracle, to_megatron
+from models.parity.cases import Case, make_case, pack, packed_positions
+from models.parity.compare import Reference, run_oracle, to_megatron
 from models.parity.layouts import Job
 from models.parity.oracles import TINY, architecture_of, build_oracle, hf_config_of, named_tensors, rules_of
 
@@ -28,6 +30,8 @@ def make_jobs(
     multiple: int = 8,
     packed: bool = False,
     seed: int = 0,
+    num_layers: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> list[Job]:
     """Jobs of one model: the same micro-batches under every layout.
 
@@ -38,8 +42,10 @@ def make_jobs(
         multiple: Every row (packed: every sample) is padded to a multiple of this.
         packed: Pack the samples of every micro-batch into one row.
         seed: Of weights and micro-batches.
+        num_layers: Decoder layers, where a layout needs more than the tiny models have.
+        device: Where the layouts run; the reference is always computed on the CPU.
     """
-    oracle = build_oracle(model_name, seed=seed)
+    oracle = build_oracle(model_name, seed=seed, num_layers=num_layers)
     architecture = architecture_of(model_name, oracle)
     rules = rules_of(model_name, architecture)
     splits = TINY[model_name].splits_videos
@@ -62,9 +68,12 @@ def make_jobs(
         for rule in rules
     }
     batches: list[Batch] = [pack(case.batch, multiple=multiple) if packed else case.batch for case in made]
+    logits = [
+        _laid_out(reference, case, packed, multiple) for reference, case in zip(references, made, strict=True)
+    ]
     hf_config = hf_config_of(model_name, oracle)
     weights = to_megatron(named_tensors(model_name, dict(oracle.named_parameters())), rules)
-    base = ModelSettings(moe_aux_loss_coeff=0.0, variable_seq_lengths=True)
+    base = ModelSettings(moe_aux_loss_coeff=0.0, variable_seq_lengths=True, device=device)
     jobs = []
     for name, changes in layouts.items():
         changes = dict(changes)
@@ -78,15 +87,22 @@ def make_jobs(
                 batches=tuple(tuple(batches[rank::num_dp]) for rank in range(num_dp)),
                 loss=loss,
                 gradients=gradients,
+                logits=tuple(tuple(logits[rank::num_dp]) for rank in range(num_dp)),
             )
         )
     return jobs
 
 
+def _laid_out(reference: Reference, case: Case, packed: bool, multiple: int) -> Tensor:
+    if not packed:
+        return reference.logits
+    return reference.logits.flatten(0, 1)[packed_positions(case.batch, multiple=multiple)][None]
+
+
 def run_jobs(
     jobs: list[Job], *, num_processes: int, folder: Path, timeout_s: float = 300
 ) -> list[dict[str, Any]]:
-    """Run jobs on gloo processes of this machine.
+    """Run jobs on processes of this machine: gloo on the CPU, NCCL with one GPU each, as the jobs say.
 
     Args:
         jobs: What to run, all with the same number of processes.
@@ -113,11 +129,12 @@ def run_jobs(
         ),
         *("-m", "models.parity.layouts", str(jobs_file), str(results_file)),
     ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(repository),
-    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(repository), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    if jobs[0].settings.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )
@@ -131,6 +148,13 @@ def run_jobs(
 
 
 def _what_ranks_said(output: str) -> str:
-    """The ranks' own tracebacks, without the launcher's."""
-    said, _, _ = output.partition("failed (exitcode")
-    return said[-4000:]
+    """The traceback of the rank that failed by itself, without the launcher's and those of ranks that lost it."""
+    lines: dict[str, list[str]] = {}
+    for line in output.splitlines():
+        if found := re.match(r"\[(rank\d+)\]:(.*)", line):
+            lines.setdefault(found[1], []).append(found[2])
+    if not lines:
+        return output.partition("failed (exitcode")[0][-4000:]
+    causes = [rank for rank, said in lines.items() if "closed by peer" not in said[-1]]
+    rank = min(causes or lines)
+    return f"{rank}:\n" + "\n".join(lines[rank])[-4000:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run parallel layouts on gloo and compare loss and gradients with what one process (or transformers) computed.
+"""Run parallel layouts on gloo or NCCL and compare loss and gradients with what one process or transformers computed.
 
     python -m torch.distributed.run --nproc-per-node 2 -m models.parity.layouts JOBS.pt RESULTS.json
 
@@ -8,6 +8,7 @@ One start of the processes runs many jobs, each with its own layout: starting th
 
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -27,10 +28,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 
 from models.common.batch import Batch
+from models.common.context_parallel import local_index
 from models.common.multimodal import MultimodalModel
 from models.common.settings import ModelSettings
 from models.contract.families import detect_family, family_part
-from models.parity.compare import gradient_errors, load
+from models.parity.compare import (
+    gradient_errors,
+    gradient_norm,
+    gradient_square_sum,
+    load,
+    real_positions,
+)
 from models.training.cpu import enable_cpu
 
 
@@ -49,6 +57,8 @@ class Job:
     """Sum of token losses of all micro-batches over the number of supervised tokens."""
     gradients: dict[str, Tensor]
     """Of that loss, by Megatron key."""
+    logits: tuple[tuple[Tensor, ...], ...] = ()
+    """For every data-parallel rank and micro-batch [b, s, v]; empty where logits are not compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +76,22 @@ class Result:
     """Parameters that were compared, over all ranks."""
     missing: list[str] = field(default_factory=list)
     """Parameters of the reference that no rank compared."""
+    gradient_norm_error: float = 0.0
+    """Relative, of the norm over all gradients."""
+    logits_error: float | None = None
+    """Largest difference over the largest logit of its micro-batch, real positions; None where not compared."""
 
 
 def main(jobs_file: str, results_file: str) -> None:
     """Run every job of a file; rank 0 writes the results."""
     warnings.filterwarnings("ignore")
-    enable_cpu()
-    distributed.init_process_group("gloo")
     jobs: list[Job] = torch.load(jobs_file, weights_only=False)
+    if jobs[0].settings.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl")
+    else:
+        enable_cpu()
+        distributed.init_process_group("gloo")
     results = [run_job(job) for job in jobs]
     if distributed.get_rank() == 0:
         Path(results_file).write_text(json.dumps([dataclasses.asdict(result) for result in results]))
@@ -85,14 +103,17 @@ def run_job(job: Job) -> Result:
     groups = start_groups(job.settings)
     chunks = build_chunks(job, groups)
     batches = job.batches[groups.dp.rank()]
+    logits_error = _logits_error(chunks, job, groups) if job.logits else None
     sums = _forward_backward(chunks, batches, job)
     total = torch.tensor(
-        [sum(loss for loss, _ in sums), sum(count for _, count in sums)], dtype=torch.float64
+        [sum(loss for loss, _ in sums), sum(count for _, count in sums)],
+        dtype=torch.float64,
+        device=job.settings.device,
     )
     distributed.all_reduce(total, group=groups.dp_cp)
-    result = _compare(job, chunks, groups, total)
+    result = _compare(job, chunks, total)
     parallel_state.destroy_model_parallel()
-    return result
+    return dataclasses.replace(result, logits_error=logits_error)
 
 
 def start_groups(settings: ModelSettings) -> ProcessGroupCollection:
@@ -128,6 +149,7 @@ def build_chunks(job: Job, groups: ProcessGroupCollection) -> list[DistributedDa
             vp_stage=vp_stage,
         )
         load(model, job.weights)
+        model.to(job.settings.device)
         model.config.finalize_model_grads_func = finalize_model_grads
         chunks.append(DistributedDataParallel(model.config, ddp, model, pg_collection=groups))
     return chunks
@@ -140,11 +162,12 @@ def _forward_backward(
     is_first = job.settings.context_parallel_size == 1 or parallel_state.get_context_parallel_rank() == 0
 
     def step(iterator: Iterator[Batch], model: MultimodalModel) -> tuple[Tensor, Any]:
-        batch = next(iterator)
+        batch = next(iterator).to(job.settings.device)
 
         def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
             count = batch.num_supervised_tokens if is_first else 0
-            return losses.sum(), torch.tensor(count, dtype=torch.int), (losses.sum().item(), float(count))
+            num_tokens = torch.tensor(count, dtype=torch.int, device=losses.device)
+            return losses.sum(), num_tokens, (losses.sum().item(), float(count))
 
         return model(batch), loss_function
 
@@ -162,14 +185,56 @@ def _forward_backward(
     )
 
 
-def _compare(
-    job: Job, chunks: list[DistributedDataParallel], groups: ProcessGroupCollection, total: Tensor
-) -> Result:
+def _logits_error(chunks: list[DistributedDataParallel], job: Job, groups: ProcessGroupCollection) -> float:
+    """Run without labels and compare every rank's part of the logits: its positions, its part of the vocabulary."""
+    rank, tp, cp = groups.dp.rank(), groups.tp, groups.cp
+    batches = [dataclasses.replace(batch, labels=None) for batch in job.batches[rank]]
+    wanted = dict(enumerate(job.logits[rank]))
+
+    def step(iterator: Iterator[tuple[int, Batch]], model: MultimodalModel) -> tuple[Tensor, Any]:
+        number, batch = next(iterator)
+
+        def difference(logits: Tensor, non_loss_data: bool = True) -> float:
+            reference, is_real = wanted[number], real_positions(batch)
+            scale = reference[is_real].abs().max()
+            if cp.size() > 1:
+                packed = batch.cu_seqlens
+                lengths = [batch.input_ids.shape[1]] if packed is None else packed.diff().tolist()
+                kept = torch.from_numpy(local_index(lengths, cp.size(), cp.rank()))
+                reference, is_real = reference[:, kept], is_real[:, kept]
+            part = reference.chunk(tp.size(), dim=-1)[tp.rank()]
+            worst = (logits.cpu() - part)[is_real].abs().max() if is_real.any() else torch.zeros(())
+            return (worst / scale).item()
+
+        return model(batch.to(job.settings.device)), difference
+
+    iterators: list[Any] = [iter(enumerate(batches)) for _ in chunks]
+    model: Any = chunks if len(chunks) > 1 else chunks[0]
+    found = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=batches[0].input_ids.shape[1],
+        micro_batch_size=batches[0].input_ids.shape[0],
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    worst = torch.tensor(max(found, default=0.0), device=job.settings.device)
+    distributed.all_reduce(worst, op=distributed.ReduceOp.MAX)
+    return worst.item()
+
+
+def _compare(job: Job, chunks: list[DistributedDataParallel], total: Tensor) -> Result:
     errors: dict[str, float] = {}
+    squares = torch.zeros((), dtype=torch.float64, device=job.settings.device)
     for chunk in chunks:
         module: Any = chunk.module
-        gradients = {name: parameter.main_grad for name, parameter in module.named_parameters()}
+        gradients = {name: parameter.main_grad.cpu() for name, parameter in module.named_parameters()}
         errors |= gradient_errors(module, job.gradients, gradients)
+        squares += gradient_square_sum(module, gradients)
+    distributed.all_reduce(squares)
+    norm = gradient_norm(job.gradients)
     gathered: list[Any] = [None] * distributed.get_world_size()
     is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     loss = (total[0] / total[1]).item() if is_last else None
@@ -184,6 +249,7 @@ def _compare(
         worst=worst,
         num_gradients=len({name for _, name in flat}),
         missing=sorted(set(job.gradients) - {name for _, name in flat}),
+        gradient_norm_error=abs(squares.item() ** 0.5 - norm) / norm,
     )
 
 

@@ -160,15 +160,18 @@ TINY: dict[str, Tiny] = {
 }
 
 
-def build_oracle(name: str, *, seed: int = 0) -> PreTrainedModel:
+def build_oracle(name: str, *, seed: int = 0, num_layers: int | None = None) -> PreTrainedModel:
     """A tiny transformers model in fp32 with every parameter random.
 
     Args:
         name: A key of :data:`TINY`.
         seed: Of the weights.
+        num_layers: Decoder layers, where a layout needs more than the four there are.
     """
     tiny = TINY[name]
-    config = getattr(transformers, tiny.config_class)(**json.loads(json.dumps(tiny.config)))
+    fields = json.loads(json.dumps(tiny.config))
+    fields["text_config"]["num_hidden_layers"] = num_layers or TEXT["num_hidden_layers"]
+    config = getattr(transformers, tiny.config_class)(**fields)
     config._attn_implementation = "eager"
     model = getattr(transformers, tiny.model_class)._from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

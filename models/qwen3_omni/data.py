@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-Omni's thinker: images, videos and audio to runs with position ids, samples to batches.
+"""Qwen3-Omni's thinker: images, videos and audio to runs with position ids.
 
 One clock for everything: `position_id_per_seconds` positions a second. Audio tokens take one position each; a
 temporal patch of a video stands where its time is. With the sound of a video, its audio tokens are sorted in between::
@@ -13,42 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from models.common.batch import Batch
-from models.common.processing import (
-    DEFAULT_VIDEO_FPS,
-    DecodedVideo,
-    run_image_processor,
-    run_video_processor,
-)
-from models.common.sequences import (
-    EncodedSample,
-    MediaItem,
-    MediaRun,
-    collate,
-    encode_sequence,
-    grid_run,
-    line_run,
-    pack,
-)
+from models.common.processing import DEFAULT_VIDEO_FPS, DecodedVideo, run_video_processor
+from models.common.sequences import MediaItem, MediaRun, grid_run, line_run
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
 
 MEDIA_KINDS = ("image", "video", "audio")
 TOKENS_PER_CHUNK = 13
 """Audio tokens of a whole chunk of 2 * n_window mel frames, after three convolutions of stride two."""
-
-
-def process_image(image: Image.Image, processor: Any, architecture: Architecture) -> MediaItem:
-    """One image to patches and its run. Raises ValueError where transformers refuses it."""
-    pixel_values, grid = run_image_processor(processor, image)
-    merge = architecture.vision.spatial_merge_size
-    run = grid_run(architecture.tokens.image, grid[0], grid[1] // merge, grid[2] // merge)
-    return MediaItem(
-        kind="image", text=processor.image_token, runs=(run,), pixel_values=pixel_values, grid_thw=grid
-    )
 
 
 def process_video(
@@ -101,11 +75,14 @@ def mel_features(samples: np.ndarray, processor: Any) -> Tensor:
     """Log-mel frames of one clip by the checkpoint's feature extractor, [mel, a] float32, no padding.
 
     Raises:
-        ValueError: shorter than one frame.
+        ValueError: more than one channel, or shorter than one frame.
     """
     extractor = processor.feature_extractor
-    if samples.size < extractor.hop_length:
-        raise ValueError(f"{samples.size} audio samples, needs {extractor.hop_length}")
+    if samples.ndim != 1:
+        raise ValueError(f"audio of shape {samples.shape}, needs one channel [n]: average the channels first")
+    needed = max(extractor.hop_length, extractor.n_fft // 2 + 1)  # the first window mirrors half of itself
+    if samples.size < needed:
+        raise ValueError(f"{samples.size} audio samples, needs {needed}")
     out = extractor(
         samples, sampling_rate=extractor.sampling_rate, padding=True, truncation=False,
         return_attention_mask=True, return_tensors="pt",
@@ -158,42 +135,3 @@ def _audio_token(architecture: Architecture) -> int:
 def _whole_if_possible(time: Tensor) -> Tensor:
     whole = time.round()
     return whole.long() if torch.equal(whole, time) else time
-
-
-def encode_sample(
-    key: str, ids: Tensor, supervised: Tensor, items: tuple[MediaItem, ...], architecture: Architecture
-) -> EncodedSample:
-    """Expand placeholders, give positions, shift labels. `ids` [n] int64, `supervised` [n] bool."""
-    tokens = architecture.tokens
-    vision, audio = (tokens.image, tokens.video), (_audio_token(architecture),)
-    return encode_sequence(key, ids, supervised, items, vision_tokens=vision, audio_tokens=audio)
-
-
-def build_batch(
-    samples: list[EncodedSample],
-    *,
-    pad_token: int,
-    seq_length: int | None = None,
-    packing: bool = False,
-    multiple_of: int = 1,
-    sequence_multiple_of: int = 1,
-) -> Batch:
-    """One micro-batch: a row a sample, or all samples packed into one row.
-
-    Args:
-        samples: Encoded samples.
-        pad_token: Id of padding.
-        seq_length: Padded length; None follows from the samples.
-        packing: One row with `cu_seqlens`.
-        multiple_of: Rounds a length that follows from the samples.
-        sequence_multiple_of: Rounds every sample of a pack (context parallelism).
-
-    Raises:
-        ShapeError: the samples do not fit.
-    """
-    if packing:
-        return pack(
-            samples, pad_token=pad_token, seq_length=seq_length, multiple_of=multiple_of,
-            sequence_multiple_of=sequence_multiple_of,
-        )  # fmt: skip
-    return collate(samples, pad_token=pad_token, seq_length=seq_length, multiple_of=multiple_of)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-VL: media to runs with position ids, samples to batches.
+"""Qwen3-VL: media to runs with position ids.
 
 A video is a row of single frames: every temporal patch stands between its own vision tokens, behind the time it was
 taken at, and gets positions like an image::
@@ -11,25 +11,11 @@ The outer pair comes from the chat template; transformers 5.17 leaves it standin
 
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-
-from models.common.batch import Batch
-from models.common.processing import DecodedVideo, run_image_processor, run_video_processor
-from models.common.sequences import EncodedSample, MediaItem, collate, encode_sequence, grid_run, pack
+from models.common.processing import DecodedVideo, run_video_processor
+from models.common.sequences import MediaItem, grid_run
 from models.contract.architecture import Architecture
 
 MEDIA_KINDS = ("image", "video")
-
-
-def process_image(image: Image.Image, processor: Any, architecture: Architecture) -> MediaItem:
-    """One image to patches and its run. Raises ValueError where transformers refuses it."""
-    pixel_values, grid = run_image_processor(processor, image)
-    merge = architecture.vision.spatial_merge_size
-    run = grid_run(architecture.tokens.image, grid[0], grid[1] // merge, grid[2] // merge)
-    return MediaItem(
-        kind="image", text=processor.image_token, runs=(run,), pixel_values=pixel_values, grid_thw=grid
-    )
 
 
 def process_video(video: DecodedVideo, processor: Any, architecture: Architecture) -> MediaItem:
@@ -54,41 +40,3 @@ def patch_timestamps(indices: list[int], fps: float, temporal_patch_size: int) -
     padded = indices + [indices[-1]] * (-len(indices) % temporal_patch_size)
     first, last = padded[::temporal_patch_size], padded[temporal_patch_size - 1 :: temporal_patch_size]
     return [(a / fps + b / fps) / 2 for a, b in zip(first, last, strict=True)]
-
-
-def encode_sample(
-    key: str, ids: Tensor, supervised: Tensor, items: tuple[MediaItem, ...], architecture: Architecture
-) -> EncodedSample:
-    """Expand placeholders, give positions, shift labels. `ids` [n] int64, `supervised` [n] bool."""
-    tokens = architecture.tokens
-    return encode_sequence(key, ids, supervised, items, vision_tokens=(tokens.image, tokens.video))
-
-
-def build_batch(
-    samples: list[EncodedSample],
-    *,
-    pad_token: int,
-    seq_length: int | None = None,
-    packing: bool = False,
-    multiple_of: int = 1,
-    sequence_multiple_of: int = 1,
-) -> Batch:
-    """One micro-batch: a row a sample, or all samples packed into one row.
-
-    Args:
-        samples: Encoded samples.
-        pad_token: Id of padding.
-        seq_length: Padded length; None follows from the samples.
-        packing: One row with `cu_seqlens`.
-        multiple_of: Rounds a length that follows from the samples.
-        sequence_multiple_of: Rounds every sample of a pack (context parallelism).
-
-    Raises:
-        ShapeError: the samples do not fit.
-    """
-    if packing:
-        return pack(
-            samples, pad_token=pad_token, seq_length=seq_length, multiple_of=multiple_of,
-            sequence_multiple_of=sequence_multiple_of,
-        )  # fmt: skip
-    return collate(samples, pad_token=pad_token, seq_length=seq_length, multiple_of=multiple_of)

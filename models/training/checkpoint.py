@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from models.contract.errors import ConfigError, RunError
 from models.contract.recipe import Recipe
 from models.training.engine import Engine
+from models.training.interruption import signals_held
+from models.training.loader_resharding import loader_state_for
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,6 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_FILE = "run_state.json"
 EXECUTION_KEYS = {
     "model": {"attention_backend"},
-    "data": {"num_workers"},
     "train": {"micro_batch_size", "log_interval", "manual_gc_interval"},
     "precision": {"recompute", "recompute_num_layers", "recompute_vision"},
 }
@@ -95,7 +96,8 @@ class Saver:
                 _write_json(partial / STATE_FILE, asdict(state))
 
         def write() -> None:
-            self._engine.save(partial, with_optimizer=state.has_optimizer, is_async=self._is_async)
+            with signals_held():
+                self._engine.save(partial, with_optimizer=state.has_optimizer, is_async=self._is_async)
 
         for action in (prepare, write, describe):
             self._together(partial, action)
@@ -187,19 +189,17 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
     return state
 
 
-def read_loader_state(folder: Path, dp_rank: int, dp_size: int) -> Any:
-    """Loader state of one data-parallel rank.
+def read_loader_state(folder: Path, recipe: Recipe, dp_rank: int, dp_size: int) -> Any:
+    """Loader state of one data-parallel rank, of the number that wrote the checkpoint or of another.
 
     Raises:
-        ConfigError: the checkpoint was written by another number of data-parallel ranks.
+        ConfigError: the samples would not keep their order at this number of data-parallel ranks.
     """
     files = sorted(folder.glob("loader_*.json"))
-    if len(files) != dp_size:
-        raise ConfigError(
-            "another number of data-parallel ranks", where=str(folder), expected=f"{len(files)}",
-            got=f"{dp_size}", fix="keep the data-parallel size when resuming",
-        )  # fmt: skip
-    return json.loads(files[dp_rank].read_text(encoding="utf-8"))
+    states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return loader_state_for(
+        states, dp_rank, dp_size, micro_batch_size=recipe.train.micro_batch_size, where=str(folder)
+    )
 
 
 def _fresh_folder(root: Path, partial: Path) -> None:

@@ -200,13 +200,41 @@ def random_states(replace: Replace) -> None:
 
 
 def expert_split_sizes(replace: Replace) -> None:
-    """The MoE dispatcher turns split sizes that lie on a GPU into numpy arrays; on the CPU it must do so too."""
+    """The MoE dispatcher turns split sizes that lie on a GPU into numpy arrays; on the CPU it must do so too.
+
+    Under expert tensor parallelism it gathers and scatters parts of different sizes, which NCCL does and gloo does not.
+    """
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_parts(
+        input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        padded = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        padded[: input_.shape[0]] = input_
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter_parts(
+        input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(input_split_sizes))[group.rank()].clone()
+
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_cpu)
+    replace(mappings, "_gather_along_first_dim", gather_parts)
+    replace(mappings, "_reduce_scatter_along_first_dim", scatter_parts)
 
 
 def router_without_compiler(replace: Replace) -> None:

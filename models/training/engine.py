@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from torch import nn
+
 from models.common.batch import Batch
 from models.training.parallel import Ranks
 
@@ -70,6 +72,14 @@ class Engine(Protocol):
 
     def save(self, folder: Path, *, with_optimizer: bool, is_async: bool) -> None:
         """Write weights, optimizer, schedule and generators into an existing folder; all ranks call it."""
+        ...
+
+    def trace_points(self) -> dict[str, nn.Module]:
+        """Modules to record for a comparison, by their common names (:mod:`models.training.trace`)."""
+        ...
+
+    def gradient_scale(self, denominator: float) -> float:
+        """What turns a recorded gradient into that of the global mean loss."""
         ...
 
     def is_save_finished(self, *, is_blocking: bool) -> bool:

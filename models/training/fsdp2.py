@@ -5,6 +5,7 @@ A second implementation that shares recipe, data, loss, schedule and metrics wit
 its model, parallelism, optimizer or checkpoints.
 """
 
+import dataclasses
 import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,24 +13,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.common.batch import IGNORED_LABEL, Batch
-from models.common.settings import DTYPES
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe
 from models.training import random_state
 from models.training.engine import LossSums, UpdateResult
-from models.training.hf_inputs import hf_inputs, with_blank_image
+from models.training.fsdp2_model import build_adamw, build_sharded, part_of
+from models.training.hf_inputs import hf_inputs, with_blank_media
+from models.training.load_balance import RouterTap, load_balancing_loss
 from models.training.loss import loss_weights
 from models.training.optimizer import build_scheduler
 from models.training.parallel import LauncherEnvironment, Ranks, start_data_parallel
 from models.training.parameters import PARTS
+from models.training.trace import transformers_points
 
 
 class Fsdp2Engine:
@@ -42,6 +44,9 @@ class Fsdp2Engine:
         self.optimizer = build_adamw(recipe, model)
         self.scheduler = build_scheduler(recipe, self.optimizer)
         self._pending: Any = None
+        moe = architecture.text.moe
+        self._moe = moe if moe is not None and moe.aux_loss_coeff else None
+        self._routers = RouterTap(model)
 
     def forward_backward(
         self, batches: list[Batch], *, denominator: float, num_padded_tokens: int
@@ -49,12 +54,21 @@ class Fsdp2Engine:
         """Gradients of one global batch."""
         self.discard()
         sums: list[Tensor] = []
+        balances: list[float] = []
         for index, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(index == len(batches) - 1)  # type: ignore[operator]
             loss = self._loss(batch)
-            (loss * (self.ranks.dp_size / denominator)).backward()  # fully_shard averages over ranks
+            objective = loss / denominator
+            if self._moe is not None:
+                balance = load_balancing_loss(self._routers.take(), batch.input_ids.shape, self._moe.topk)
+                share = batch.input_ids.numel() / num_padded_tokens
+                objective = objective + balance.sum() * (self._moe.aux_loss_coeff * share)
+                balances.append(float(balance.detach().mean()))
+            (objective * self.ranks.dp_size).backward()  # fully_shard averages over ranks
             sums.append(loss.detach().double())
-        return self._sums(sums, batches)
+        share = 1.0 / (len(batches) * self.ranks.dp_size)
+        auxiliary = {"load_balancing_loss": sum(balances) * share} if balances else {}
+        return dataclasses.replace(self._sums(sums, batches), auxiliary=auxiliary)
 
     @torch.no_grad()
     def update(self) -> UpdateResult:
@@ -97,9 +111,8 @@ class Fsdp2Engine:
         counts: dict[str, int] = dict.fromkeys(PARTS, 0)
         for name, parameter in self.model.named_parameters():
             counts["total"] += parameter.numel()
-            counts["vision" if "visual." in name else "audio" if "audio_tower." in name else "language"] += (
-                parameter.numel()
-            )
+            part = part_of(name)
+            counts["vision" if part == "projector" else part] += parameter.numel()
             counts["trainable"] += parameter.numel() if parameter.requires_grad else 0
         return counts
 
@@ -110,6 +123,14 @@ class Fsdp2Engine:
             self._pending = dcp.async_save(state, checkpoint_id=str(folder), process_group=self.ranks.control)
         else:
             dcp.save(state, checkpoint_id=str(folder))
+
+    def trace_points(self) -> dict[str, nn.Module]:
+        """Modules by their common names."""
+        return transformers_points(self.model)
+
+    def gradient_scale(self, denominator: float) -> float:
+        """The objective is the mean times the ranks that `fully_shard` averages over."""
+        return 1.0 / self.ranks.dp_size
 
     def is_save_finished(self, *, is_blocking: bool) -> bool:
         """Whether the background writer of every rank is done."""
@@ -143,12 +164,14 @@ class Fsdp2Engine:
 
     def _loss(self, batch: Batch) -> Tensor:
         """Weighted sum of token losses of one micro-batch."""
-        batch = with_blank_image(batch.to(self.ranks.device), self.architecture)
+        batch = with_blank_media(batch.to(self.ranks.device), self.architecture)
         assert batch.labels is not None
+        self._routers.take()  # what an evaluation or a recomputation left
         logits = self.model(**hf_inputs(batch, self.architecture)).logits  # [b, s, v]
         token_losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-        ).view(batch.labels.shape)
+            logits.flatten(0, 1).float(), batch.labels.flatten(),
+            ignore_index=IGNORED_LABEL, reduction="none",
+        ).view(batch.labels.shape)  # fmt: skip
         weights, _ = loss_weights(batch, self.recipe.train.loss_reduction)
         return (token_losses * weights).sum()
 
@@ -175,12 +198,12 @@ def start_engine(
     patches: tuple[str, ...],
 ) -> Fsdp2Engine:
     """Start the ranks, build the model on the meta device, shard it, and fill it from rank 0's copy."""
-    check_recipe(recipe, architecture)
+    check_recipe(recipe)
     ranks = start_data_parallel(recipe, launcher, timeout_s=timeout_s)
-    return Fsdp2Engine(recipe, architecture, ranks, build_sharded(recipe, folder, ranks))
+    return Fsdp2Engine(recipe, architecture, ranks, build_sharded(recipe, architecture, folder, ranks))
 
 
-def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
+def check_recipe(recipe: Recipe) -> None:
     """Refuse what this engine does not do.
 
     Raises:
@@ -190,14 +213,11 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
     refused = {
         "parallel: tensor, pipeline, context or expert parallel": recipe.parallel.model_parallel_size > 1
         or recipe.parallel.expert_model_parallel_size > 1,
-        "data.packing": recipe.data.packing,
         "precision.dtype = 'fp16'": recipe.precision.dtype == "fp16",
         "precision.fp8": recipe.precision.fp8 is not None,
         "precision.recompute = 'selective'": recipe.precision.recompute == "selective",
         "optimizer.use_precision_aware_optimizer": recipe.optimizer.use_precision_aware_optimizer,
         "optimizer.cpu_offload_fraction between 0 and 1": 0.0 < offload < 1.0,
-        f"model.family = '{architecture.family}' (its audio tower)": architecture.audio is not None,
-        "model.num_layers": recipe.model.num_layers is not None,
     }
     found = [name for name, is_set in refused.items() if is_set]
     if found:
@@ -205,104 +225,3 @@ def check_recipe(recipe: Recipe, architecture: Architecture) -> None:
             "the fsdp2 engine cannot run this recipe", where=f"recipe {recipe.name}", got="; ".join(found),
             fix="change these settings, or use train.engine = 'megatron'",
         )  # fmt: skip
-
-
-def build_sharded(recipe: Recipe, folder: Path, ranks: Ranks) -> nn.Module:
-    """The checkpoint's model with parameters and optimizer cut over all ranks; only rank 0 ever holds it whole."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    config = AutoConfig.from_pretrained(folder)
-    config.tie_word_embeddings = bool(config.tie_word_embeddings)
-    whole: dict[str, Any] = {}
-    buffers: dict[str, Tensor] = {}
-    if ranks.rank == 0:
-        source = (
-            AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa"
-            )
-            if recipe.model.init == "checkpoint"
-            else AutoModelForImageTextToText.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa"
-            )
-        )
-        whole, buffers = source.state_dict(), dict(source.named_buffers())
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa"
-        )
-    freeze(model, recipe)
-    if recipe.precision.recompute == "full":
-        model.gradient_checkpointing_enable()
-    shard(model, recipe)
-    offloads = recipe.optimizer.cpu_offload_fraction > 0
-    model.to_empty(device="cpu" if offloads else ranks.device)
-    options = dcp_state.StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloads
-    )
-    dcp_state.set_model_state_dict(model, whole, options=options)
-    for name, buffer in model.named_buffers():  # rotary frequencies are in no checkpoint
-        on_device = (buffers[name] if ranks.rank == 0 else torch.empty_like(buffer)).to(ranks.device)
-        distributed.broadcast(on_device, 0)
-        buffer.copy_(on_device)
-    return model
-
-
-def shard(model: nn.Module, recipe: Recipe) -> None:
-    """Wrap plan: every decoder layer, every vision block, and the rest; layers are fetched one ahead."""
-    dtype = DTYPES[recipe.precision.dtype]
-    mixed = dtype is not torch.float32
-    reduce = torch.float32 if recipe.precision.grad_reduce_in_fp32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce) if mixed else MixedPrecisionPolicy()
-    offload = CPUOffloadPolicy() if recipe.optimizer.cpu_offload_fraction > 0 else OffloadPolicy()
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and _is_stack(module)]
-    for stack in stacks:
-        for layer in stack:
-            fully_shard(layer, mp_policy=policy, offload_policy=offload)
-        for layer, following in zip(stack, list(stack)[1:], strict=False):
-            layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
-    fully_shard(model, mp_policy=policy, offload_policy=offload)
-
-
-def _is_stack(modules: nn.ModuleList) -> bool:
-    """Layers of one tower: more than one module, all of one class, with attention inside."""
-    kinds = {type(module) for module in modules}
-    return (
-        len(modules) > 1
-        and len(kinds) == 1
-        and any("attn" in name for name, _ in modules[0].named_children())
-    )
-
-
-def part_of(name: str) -> str:
-    """Freezing group of a transformers parameter."""
-    if "visual." in name:
-        return "projector" if ".merger." in name or "deepstack_merger" in name else "vision"
-    return "audio" if "audio_tower." in name else "language"
-
-
-def freeze(model: nn.Module, recipe: Recipe) -> None:
-    """Take parameters out of training by group."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = part_of(name) not in recipe.model.freeze
-
-
-def build_adamw(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with the groups of the Megatron engine: no decay on biases and vectors, learning rates per part."""
-    settings = recipe.optimizer
-    multipliers = {"vision": settings.vision_lr_mult, "projector": settings.projector_lr_mult}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decay = 0.0 if parameter.ndim == 1 or name.endswith(".bias") else 1.0
-            groups.setdefault((decay, multipliers.get(part_of(name), 1.0)), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters, "wd_mult": decay, "lr_mult": multiplier,
-                "max_lr": settings.lr * multiplier, "min_lr": settings.min_lr * multiplier,
-            }
-            for (decay, multiplier), parameters in groups.items()
-        ],
-        lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2), eps=settings.adam_eps,
-        weight_decay=settings.weight_decay, foreach=True,
-    )  # fmt: skip

@@ -49,6 +49,20 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back while the block runs; they arrive after it.
+
+    Processes that are started inside inherit the hold for good. Cluster schedulers signal every process of a job at
+    once: what writes a checkpoint in the background must not die of that while the ranks wait for it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Watchdog:
     """Writes the stacks of all threads and ends the process when `beat` stays away too long.
 
@@ -81,6 +95,8 @@ class Watchdog:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("w", encoding="utf-8") as stream:
                     faulthandler.dump_traceback(file=stream, all_threads=True)
-                self._on_hang(f"no progress for {silent_s:.0f} s; stack traces are in {self.path.parent}")
+                message = f"no progress for {silent_s:.0f} s; stack traces are in {self.path.parent}"
+                self._on_hang(message)
                 self._stop.wait(GRACE_S)
+                self._on_hang(message)  # a main thread that is only slow may have written since
                 os._exit(HANG_EXIT_CODE)

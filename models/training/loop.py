@@ -19,6 +19,7 @@ from models.training.interruption import StopRequest, Watchdog
 from models.training.loss import loss_denominator
 from models.training.metrics import BatchCounts, Recorder, StepTimes
 from models.training.progress import Run, save
+from models.training.trace import traced_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +54,10 @@ def train_steps(run: Run, recorder: Recorder | None, stop: StopRequest, watchdog
         whole = share_batch(batches, run, stop)
         times.lap("data")
 
-        sums = engine.forward_backward(
-            batches, denominator=whole.denominator, num_padded_tokens=whole.counts.num_padded_tokens
-        )
+        with traced_step(run, batches, whole.denominator):
+            sums = engine.forward_backward(
+                batches, denominator=whole.denominator, num_padded_tokens=whole.counts.num_padded_tokens
+            )
         parts = engine.ranks.exchange((sums, peak_memory_bytes(engine.ranks.device)))
         loss = mean_loss([sums for sums, _ in parts])
         times.lap("forward_backward")

@@ -24,14 +24,15 @@ from models.common.settings import settings_from_recipe
 from models.contract.architecture import Architecture
 from models.contract.families import family_part
 from models.contract.recipe import Recipe
-from models.conversion.load import load_hf_weights
 from models.training import optimizer as optimizers
 from models.training import random_state
 from models.training.cpu import cpu_megatron
 from models.training.engine import LossSums, UpdateResult
+from models.training.initial_weights import load_initial_weights
 from models.training.loss import loss_weights, slice_weights
 from models.training.parallel import LauncherEnvironment, Ranks, stage_of_chunk, start_megatron
 from models.training.parameters import count_parameters
+from models.training.trace import megatron_points
 
 OPTIMIZER_SHARDING = {"data": "dp_reshardable", "any": "fully_reshardable"}
 
@@ -128,6 +129,14 @@ class MegatronEngine:
         )
         if request is not None:
             self._async_calls.schedule_async_request(request)
+
+    def trace_points(self) -> dict[str, Any]:
+        """Modules of this rank by their common names."""
+        return megatron_points(self.modules)
+
+    def gradient_scale(self, denominator: float) -> float:
+        """Losses are summed and scaled; gradients of parameters are divided later."""
+        return 1.0 / (denominator * float(self.optimizer.get_loss_scale()))
 
     def is_save_finished(self, *, is_blocking: bool) -> bool:
         """Whether the background writer of every rank is done."""
@@ -230,11 +239,11 @@ def start_engine(
     timeout_s: float,
     patches: tuple[str, ...],
 ) -> MegatronEngine:
-    """Start the groups, build the model, fill it from the HF folder (or at random) and make the optimizer."""
+    """Start the groups, build the model, fill it from the checkpoint (or at random) and make the optimizer."""
     ranks = start_megatron(recipe, launcher, timeout_s=timeout_s)
     engine = MegatronEngine(recipe, architecture, ranks, patches)
     if recipe.model.init == "checkpoint":
-        load_hf_weights(engine.modules, folder, num_layers=recipe.model.num_layers)
+        load_initial_weights(engine.modules, folder, num_layers=recipe.model.num_layers)
     engine.prepare()
     return engine
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data parallelism, AdamW and the schedule, all of them Megatron's, set up from a recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def wrap_data_parallel(
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         use_distributed_optimizer=recipe.optimizer.use_distributed_optimizer,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=config,
@@ -55,6 +55,22 @@ def wrap_data_parallel(
         )
         for index, chunk in enumerate(chunks)
     ]
+    fuse_weight_gradients(wrapped)
+    return wrapped
+
+
+def fuse_weight_gradients(chunks: Iterable[torch.nn.Module]) -> int:
+    """Let TransformerEngine's linear layers add their gradient to the main one in the matrix product itself.
+
+    Set on the layers, once data parallelism has given them a main gradient. megatron-core's own option would also ask
+    for it in its plain layers, which need a CUDA extension that no package offers.
+
+    Returns: How many layers it was set on; none without TransformerEngine.
+    """
+    layers = [m for chunk in chunks for m in chunk.modules() if hasattr(m, "fuse_wgrad_accumulation")]
+    for layer in layers:
+        layer.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+    return len(layers)
 
 
 def check_optimizer(recipe: Recipe, device: torch.device) -> None:

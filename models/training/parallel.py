@@ -4,6 +4,7 @@
 The only module that reads ``megatron.core.parallel_state``. Everything else takes :class:`Ranks`.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Ranks:
     counts_samples: bool
     """Speaks for its data-parallel rank: also the first context-parallel rank."""
     cp_rank: int
+    tp_rank: int
     layout: dict[str, int]
     """tp, pp, cp, ep, etp, dp, vpp."""
     groups: ProcessGroupCollection | None
@@ -112,6 +114,8 @@ def pick_device(local_rank: int) -> torch.device:
     Raises:
         ConfigError: more processes than accelerators on this node.
     """
+    if importlib.util.find_spec("torch_npu") is not None:
+        importlib.import_module("torch_npu")  # registers torch.npu
     for kind in ("cuda", "npu"):
         backend = getattr(torch, kind, None)
         if backend is not None and backend.is_available():
@@ -190,6 +194,7 @@ def start_megatron(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_s: 
         counts_loss=is_last and tp_rank == 0,
         counts_samples=is_last and tp_rank == 0 and cp_rank == 0,
         cp_rank=cp_rank,
+        tp_rank=tp_rank,
         layout={
             "tp": groups.tp.size(), "pp": groups.pp.size(), "cp": groups.cp.size(), "ep": groups.ep.size(),
             "etp": groups.expt_tp.size(), "dp": groups.dp.size(),
@@ -208,6 +213,7 @@ def start_data_parallel(recipe: Recipe, launcher: LauncherEnvironment, *, timeou
     return Ranks(
         rank=launcher.rank, world_size=size, device=device, dp_rank=launcher.rank, dp_size=size,
         is_first_stage=True, is_last_stage=True, counts_loss=True, counts_samples=True, cp_rank=0,
+        tp_rank=0,
         layout={"tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": size, "vpp": 1},
         groups=None,
         control=control_group(device, size, timeout_s=timeout_s),

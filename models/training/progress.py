@@ -25,6 +25,8 @@ class TrainOptions:
     step_timeout_s: float = 1800.0
     """A step that takes longer is a hang."""
     tensorboard: bool = False
+    trace: int | None = None
+    """Record this iteration, for a comparison with another run."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,7 +98,7 @@ def restore(recipe: Recipe, directory: Path, engine: Engine, loader: Any) -> Pro
         return Progress(expected_digests=dropped)
     _check_ledger(state.sample_digests, kept, folder)
     engine.load(folder, with_optimizer=state.has_optimizer, same_layout=state.layout == ranks.layout)
-    loader.load_state_dict(checkpoints.read_loader_state(folder, ranks.dp_rank, ranks.dp_size))
+    loader.load_state_dict(checkpoints.read_loader_state(folder, recipe, ranks.dp_rank, ranks.dp_size))
     return Progress(
         iteration=state.iteration,
         consumed_train_samples=state.consumed_train_samples,

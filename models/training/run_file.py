@@ -3,7 +3,9 @@
 
 import json
 import logging
+import shutil
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,9 @@ from models.contract.record import (
 )
 
 logger = logging.getLogger(__name__)
+
+FAILURES = "failures"
+"""Folder with one file for each rank that failed."""
 
 
 def utc_now() -> str:
@@ -44,6 +49,7 @@ def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resu
             fix="choose another --run-dir, or pass --resume to go on from its last checkpoint",
         )
     directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / FAILURES, ignore_errors=True)  # of the attempt before
     info = RunInfo(
         run_id=f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}",
         recipe=recipe.model_dump(mode="json"),
@@ -59,10 +65,7 @@ def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resu
 
 @contextmanager
 def failures_recorded(directory: Path, rank: int) -> Iterator[None]:
-    """Write an error that leaves the block into ``run.json`` as the run's outcome, and let it pass on.
-
-    Any rank may do so; the first error stays, since the others are usually only its echo in a collective.
-    """
+    """Write an error that leaves the block into ``run.json`` as the run's outcome, and let it pass on."""
     try:
         yield
     except BaseException as error:
@@ -71,20 +74,36 @@ def failures_recorded(directory: Path, rank: int) -> Iterator[None]:
 
 
 def record_failure(directory: Path, rank: int, error: BaseException) -> None:
-    """Set the outcome to failed, unless the run already ended or another rank failed first."""
+    """Set the outcome to failed, with the error of the rank that failed first: the others' are its echo.
+
+    Every rank leaves its own error in ``failures/`` before the others can notice that it is gone, so whoever writes
+    ``run.json`` last knows all that came before.
+    """
     if not (directory / RUN_FILE).exists():
         return
+    own = directory / FAILURES / f"rank_{rank:05d}.json"
+    if not own.exists():
+        own.parent.mkdir(exist_ok=True)
+        facts = {"at": time.time(), "rank": rank, "error": _words(error)}
+        partial = own.with_suffix(".partial")
+        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        partial.replace(own)
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in own.parent.glob("rank_*.json")]
+    first = min(found, key=lambda failure: failure["at"])
     info = read_run_info(directory)
-    if info.outcome.status != "running":
+    if info.outcome.status in ("completed", "interrupted"):
         return
-    if isinstance(error, HarnessError):
-        text = "\n".join([str(error), *getattr(error, "__notes__", [])])
-    else:
-        text = "".join(traceback.format_exception(error))
     info.outcome.status = "failed"
-    info.outcome.error = f"rank {rank}: {text}"
+    info.outcome.error = f"rank {first['rank']}: {first['error']}"
     info.ended_at = utc_now()
     write_run_info(directory, info)
+
+
+def _words(error: BaseException) -> str:
+    """An error of ours in its own text, any other with its traceback."""
+    if isinstance(error, HarnessError):
+        return "\n".join([str(error), *getattr(error, "__notes__", [])])
+    return "".join(traceback.format_exception(error))
 
 
 def cut_metrics(

@@ -7,14 +7,18 @@ planted:
     model, data, training   a patch in a child process before it trains (patches.py)
     conversion              a checkpoint as a wrong converter would have written it (checkpoint_faults.py)
     measurement             a run directory as a wrong recorder would have left it (record_faults.py)
-    baseline                the baseline's file, as a hand or a wrong look-up would give it (baseline_faults.py)
+    speed                   a made-up record of a GPU run: no GPU is needed to slow one down (record_faults.py)
+    baseline                the baseline's file, as a hand or a wrong look-up would give it (record_faults.py)
+    inference               answers to held-out questions: one fine-tune with a patch, the rest in the files of
+                            answers (inference_faults.py)
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-Area = Literal["model", "conversion", "data", "training", "measurement", "baseline"]
+Area = Literal["model", "conversion", "data", "training", "measurement", "speed", "baseline", "inference"]
 STEPS = frozenset({"C1", "C2"})
+END = frozenset({"C3"})
 SOUND = frozenset({"C0"})
 WORLD = frozenset({"C0", "plausibility"})
 FILE = frozenset({"baseline"})
@@ -30,7 +34,7 @@ class Fault:
     gates: frozenset[str]
     """Any of these must be red."""
     setup: str = "qwen3_vl"
-    """Which tiny model it is planted in: qwen3_vl, qwen2_5_vl or qwen3_vl_moe."""
+    """What it is planted in: a row of SETUPS (training_jobs.py), `synthetic` or `colours`."""
 
 
 def _faults(
@@ -111,6 +115,21 @@ FAULTS: tuple[Fault, ...] = (
         },
     ),
     *_faults(
+        "data",
+        END,
+        {
+            "late_blank": "images are blank from iteration 25 on",
+            "late_labels": "labels are shifted twice from iteration 25 on",
+        },
+        setup="qwen3_vl_long",
+    ),
+    *_faults(
+        "data",
+        frozenset({"C6"}),
+        {"held_out_blind": "held-out samples are scored without their images"},
+        setup="qwen3_vl_long",
+    ),
+    *_faults(
         "training",
         STEPS | SOUND,
         {
@@ -146,6 +165,21 @@ FAULTS: tuple[Fault, ...] = (
         },
     ),
     *_faults(
+        "speed",
+        frozenset({"throughput"}),
+        {
+            "slower_steps": "every step takes 8% longer",
+            "throttled": "steps take 20% longer from iteration 200 on",
+        },
+        setup="synthetic",
+    ),
+    *_faults(
+        "speed",
+        frozenset({"memory"}),
+        {"more_memory": "peak memory is 8% higher"},
+        setup="synthetic",
+    ),
+    *_faults(
         "baseline",
         FILE,
         {
@@ -162,6 +196,22 @@ FAULTS: tuple[Fault, ...] = (
         area="baseline",
         what="a run from another class of machine than was asked for",
         gates=frozenset({"environment"}),
+    ),
+    *_faults(
+        "inference",
+        frozenset({"inference_improvement"}),
+        {
+            "taught_blind": "the fine-tune sees blank pictures",
+            "base_for_tuned": "the answers said to be the fine-tuned model's are the base model's",
+            "known_before": "the base model was given the answers with the questions",
+        },
+        setup="colours",
+    ),
+    *_faults(
+        "inference",
+        frozenset({"inference_blank"}),
+        {"pictures_left_in": "the pictures said to be blanked are not"},
+        setup="colours",
     ),
 )
 """All faults, by area."""

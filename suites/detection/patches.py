@@ -15,7 +15,7 @@ from models.common import multimodal, rope, transformer_configs, vision
 from models.common.attention import TorchCoreAttention
 from models.common.batch import IGNORED_LABEL, Batch
 from models.contract.recipe import parse_recipe
-from models.training import loop, start
+from models.training import evaluation, loop, start
 from models.training.megatron_engine import MegatronEngine
 
 PATCHES: dict[str, Callable[[], None]] = {}
@@ -262,7 +262,44 @@ def images_shuffled() -> None:
 
 @patch
 def images_blank() -> None:
-    _batches(lambda batch: _pixels(batch, torch.zeros_like))
+    _batches(_blank)
+
+
+@patch
+def taught_blind() -> None:
+    _batches(_blank)
+
+
+@patch
+def held_out_blind() -> None:
+    build = evaluation.build_loader
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        loader = build(*args, **kwargs)
+        return _Changed(loader, map(_blank, iter(loader)))
+
+    evaluation.build_loader = changed
+
+
+@patch
+def late_blank() -> None:
+    _late(_blank)
+
+
+@patch
+def late_labels() -> None:
+    _late(lambda batch: dataclasses.replace(batch, labels=_labels(batch).roll(-1, 1)))
+
+
+def _blank(batch: Batch) -> Batch:
+    return _pixels(batch, torch.zeros_like)
+
+
+def _late(change: BatchChange) -> None:
+    """Change what follows the first 24 steps of two micro-batches."""
+    _stream(
+        lambda batches: (change(batch) if number >= 48 else batch for number, batch in enumerate(batches))
+    )
 
 
 @patch

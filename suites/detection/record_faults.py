@@ -4,11 +4,12 @@
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from harness.baselines.schema import content_id
-from models.contract.record import METRICS_FILE, RUN_FILE
+from models.contract.record import METRICS_FILE, RUN_FILE, RunInfo
 
 Row = dict[str, Any]
 RECORD_FAULTS: dict[str, Callable[[list[Row], Row], list[Row]]] = {}
@@ -161,3 +162,37 @@ def other_recipe(data: Row) -> None:
     data["recipe"]["optimizer"]["lr"] *= 2
     data["key"]["recipe_sha"] = "0" * 16
     data["baseline_id"] = content_id(data)
+
+
+def _slower_steps(rows: list[Row]) -> list[Row]:
+    return _longer(rows, 1.08, first=1)
+
+
+def _throttled(rows: list[Row]) -> list[Row]:
+    return _longer(rows, 1.2, first=200)
+
+
+def _longer(rows: list[Row], factor: float, *, first: int) -> list[Row]:
+    times = ("step_time_ms", "data_time_ms", "forward_backward_time_ms", "optimizer_time_ms")
+    return [
+        row | {name: row[name] * factor for name in times} if row["iteration"] >= first else row
+        for row in rows
+    ]
+
+
+def _clock_of(factor: float) -> Callable[[RunInfo], RunInfo]:
+    """The run took longer by the clock as well."""
+
+    def change(info: RunInfo) -> RunInfo:
+        start = datetime.fromisoformat(info.started_at)
+        end = start + (datetime.fromisoformat(info.ended_at or "") - start) * factor
+        return info.model_copy(update={"ended_at": end.isoformat(timespec="seconds")})
+
+    return change
+
+
+SPEED_FAULTS: dict[str, tuple[Callable[[list[Row]], list[Row]], Callable[[RunInfo], RunInfo] | None]] = {
+    "slower_steps": (_slower_steps, _clock_of(1.2)),
+    "throttled": (_throttled, _clock_of(1.2)),
+    "more_memory": (lambda rows: _scaled(rows, "peak_memory_bytes", 1.08), None),
+}

@@ -9,6 +9,7 @@ import is imported once, before the first fork.
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
@@ -22,6 +23,7 @@ from models.contract.site import load_site
 from models.training.progress import TrainOptions
 from models.training.start import train
 from suites.detection.patches import PATCHES
+from suites.detection.training_jobs import ERROR_FILE
 
 
 def run_job(job: dict[str, Any]) -> None:
@@ -31,6 +33,13 @@ def run_job(job: dict[str, Any]) -> None:
         PATCHES[job["fault"]]()
     options = TrainOptions(is_resume=False, stop_after=None, step_timeout_s=600.0, tensorboard=False)
     train(load_recipe(Path(job["recipe"])), load_site(Path(job["site"])), Path(job["run_dir"]), options)
+
+
+def _stop_workers() -> None:
+    """End what writes checkpoints in the background: `os._exit` would leave it behind, holding our pipes."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+        worker.join()
 
 
 def main() -> int:
@@ -45,8 +54,9 @@ def main() -> int:
                 status = 0
             except Exception:  # noqa: BLE001 - a planted fault may fail in any way; the run directory has it too
                 Path(job["run_dir"]).mkdir(parents=True, exist_ok=True)
-                (Path(job["run_dir"]) / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+                (Path(job["run_dir"]) / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
             finally:
+                _stop_workers()
                 os._exit(status)
         os.waitpid(child, 0)
     return 0

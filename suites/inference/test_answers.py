@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning teaches the model to look: held-out answers become right, and blanking the pictures undoes it.
 
-The fine-tune is the convergence case; inside one session it is launched once for both suites.
+The recipes beside this file make no case of their own (their names start with an underscore): nothing about their speed
+or loss is judged, only what the models answer.
 """
 
 import json
@@ -11,24 +12,26 @@ from pathlib import Path
 import pytest
 
 from harness.assets import run_program
-from harness.cases import SUITES, Case, cases_of_folder
+from harness.cases import Case, cases_of_recipe
 from harness.gates.inference import judge_inference
 from harness.session import CaseResult, SessionOptions
 from models.contract.evaluation import read_evaluation
 
-FINE_TUNES = ("tiny_qwen3_vl", "tiny_qwen2_5_vl")
+FINE_TUNES = (
+    pytest.param("_tiny_qwen3_vl.toml", id="qwen3_vl", marks=pytest.mark.cpu),
+    pytest.param("_tiny_qwen2_5_vl.toml", id="qwen2_5_vl", marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture
 def fine_tune(request: pytest.FixtureRequest, results_of: Callable[[Case], list[CaseResult]]) -> CaseResult:
-    cases = {case.name: case for case in cases_of_folder(SUITES / "convergence") if case.hardware == "cpu"}
-    result = results_of(cases[request.param])[0]
+    (case,) = cases_of_recipe(Path(__file__).with_name(request.param))
+    result = results_of(case)[0]
     assert result.launched is not None
     assert result.launched.completed, result.launched.last.reason
     return result
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fine_tune", FINE_TUNES, indirect=True)
 def test_answers_become_right_and_need_the_pictures(
     fine_tune: CaseResult, artifacts: Path, session_options: SessionOptions

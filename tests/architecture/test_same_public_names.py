@@ -11,7 +11,7 @@ SHARED_NAMES = {
     "config": {"ModelConfig"},
     "model": {"build_model"},
     "weights": {"weight_table", "detect_layout"},
-    "data": {"build_batch", "encode_sample", "process_image", "process_video"},
+    "data": {"process_video"},
 }
 OWN_NAMES = {
     ("qwen3_vl", "data"): {"patch_timestamps"},  # it writes times between frames

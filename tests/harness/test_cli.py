@@ -11,6 +11,8 @@ from harness.cli import HARNESS_ERROR_EXIT, main
 from harness.cli.app import app
 from harness.hardware import REPOSITORY
 from harness.records import RunRecord
+from models.contract.compat_train import WITHOUT_ARGUMENTS, script_recipe
+from models.contract.recipe import load_recipe
 from suites.detection.synthetic import Row, SyntheticRun, write_synthetic_run
 
 LOG_LINE = (
@@ -22,14 +24,17 @@ LOG_LINE = (
 )
 OPTIONS = {
     "doctor": ["--json", "--site"],
-    "plan": ["--hw", "--site"],
+    "plan": ["--hardware", "--hw", "--site"],
     "run": [
-        "--baseline-dir", "--gate", "--hw", "--jobs", "--output", "--run-root", "--site", "--time-budget", "-o",
+        "--baseline-dir", "--gate", "--hardware", "--hosts", "--hw", "--jobs", "--output", "--run-root", "--scheduler",
+        "--site", "--this-host", "--time-budget", "--window", "-o",
     ],
     "grade": [
-        "--baseline", "--baseline-dir", "--from-log", "--gate", "--hw", "--json", "--no-write", "--policy", "--write",
+        "--baseline", "--baseline-dir", "--from-log", "--gate", "--hw", "--json", "--no-write", "--policy", "--window",
+        "--write",
     ],
-    "compare": ["--gate", "--json", "--policy"],
+    "compare": ["--gate", "--json", "--policy", "--window"],
+    "diverge": ["--site", "--steps", "--tolerance", "--work"],
     "report": ["--output", "--title", "-o"],
     "smoke": ["--output", "--run-root", "--site", "-o"],
     "convert": [],
@@ -41,7 +46,20 @@ OPTIONS = {
     "baseline lint": ["--baseline-dir", "--policy"],
     "baseline show": [],
     "baseline retire": ["--baseline-dir", "--because"],
+    "compat run_8xH20": ["--print"],
+    "compat mm-convert": ["--print"],
+    "compat run_mcore_qwen": ["--num-processes"],
+    "compat run_mcore_qwen3_vl_lite": [],
+    "compat run_mcore_qwen3_omni": [],
+    "compat debug_mcore_qwen3_vl": [],
+    "compat debug_mcore_qwen3_omni": [],
+    "compat pretrain_transformers": ["--num-processes"],
 }  # fmt: skip
+
+PUBLISHED_CALL = [
+    "dsw", "7B", "1", "64", "1e-5", "1e-6", "8192", "8192", "bf16", "1", "1", "1", "true", "true", "false", "false",
+    "false", "100000", "wds", "wds", "ckpt", "500", "100", "out",
+]  # fmt: skip
 
 
 def run_cli(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -125,6 +143,12 @@ def test_compare_tells_equal_from_worse(
         (["report", "/nowhere/at/all"], "path does not exist"),
         (["plan", "no-such-case"], "no case 'no-such-case'"),
         (["plan", "--hw", "h2o"], "unknown hardware class 'h2o'"),
+        (["compat", "run_mcore_qwen", "dsw", "7B"], "wrong number of arguments for run_mcore_qwen"),
+        (
+            ["compat", "run_mcore_qwen", *PUBLISHED_CALL[:9], "two", *PUBLISHED_CALL[10:]],
+            "argument TP is not",
+        ),
+        (["compat", "debug_mcore_qwen3_vl", "dsw"], "takes no arguments"),
         (["baseline", "show", "/nowhere.json"], "no such baseline"),
     ],
 )
@@ -136,6 +160,32 @@ def test_bad_input_prints_five_lines_and_no_traceback(
     assert text in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) <= 5
+
+
+def test_compat_prints_the_recipe_of_a_script_call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run_cli("compat", "run_mcore_qwen", *PUBLISHED_CALL, capsys=capsys)
+    assert code == 0
+    (tmp_path / "recipe.toml").write_text(out)
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    assert (recipe.data.seq_length, recipe.train.global_batch_size, recipe.num_processes) == (8192, 64, 8)
+    assert recipe == script_recipe("run_mcore_qwen.sh", PUBLISHED_CALL)
+
+
+def test_compat_takes_the_number_of_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run_cli("compat", "run_mcore_qwen", "--num-processes", "16", *PUBLISHED_CALL, capsys=capsys)
+    assert "num_processes = 16" in out
+
+
+@pytest.mark.parametrize("script", WITHOUT_ARGUMENTS)
+def test_compat_prints_the_recipe_of_scripts_without_arguments(
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run_cli("compat", script, capsys=capsys)
+    assert code == 0
+    (tmp_path / "recipe.toml").write_text(out)
+    assert load_recipe(tmp_path / "recipe.toml") == script_recipe(script, [])
 
 
 def test_wrong_usage_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +203,17 @@ def test_plan_lists_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "convergence/qwen2_5_vl_7b_llava_pretrain@h20" in out
     assert "device-hours" in out
+
+
+def test_plan_of_a_recipe_that_does_not_fit_exits_with_the_smallest_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(REPOSITORY / "suites" / "convergence" / "qwen2_5_vl_7b_llava_pretrain.toml")
+    code, out, err = run_cli("plan", recipe, "--hardware", "a100", capsys=capsys)  # a class it does not list
+    assert code == HARNESS_ERROR_EXIT
+    assert "does not fit" in out
+    assert "smallest change that fits" in err
+    assert run_cli("plan", recipe, "--hw", "h200", capsys=capsys)[0] == 0
 
 
 def test_report_is_built_from_run_directories(

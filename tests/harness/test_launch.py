@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -14,13 +15,17 @@ import pytest
 from harness.launch import (
     ATTEMPTS_FILE,
     LAUNCH_LOG,
+    LaunchResult,
     Watch,
+    child_environment,
     classify_failure,
     failure_reason,
     launch,
     read_attempts,
+    train_command,
 )
-from models.contract.errors import RunError
+from models.contract.cluster import Cluster, read_cluster
+from models.contract.errors import ConfigError, RunError
 
 PRELUDE = """
 import json, os, signal, subprocess, sys, time
@@ -175,3 +180,80 @@ def test_failure_reason_prefers_our_own_error() -> None:
     assert failure_reason(log, 1) == "DataError: dataset not found"
     assert failure_reason("nothing of use", -9) == "ended by SIGKILL"
     assert failure_reason("nothing of use", 7) == "exit code 7"
+
+
+TWO_NODES = [Cluster(num_nodes=2, node_rank=rank, master_addr="gpu07", master_port=29501) for rank in (0, 1)]
+
+
+def test_train_command_of_a_node_names_the_others(tmp_path: Path) -> None:
+    command = train_command(tmp_path / "r.toml", tmp_path / "run", 16, None, TWO_NODES[1])
+    text = " ".join(command)
+    assert "--nnodes=2 --node-rank=1 --master-addr=gpu07 --master-port=29501 --nproc-per-node=8" in text
+    assert "--standalone" not in text
+    with pytest.raises(ConfigError, match="do not divide over the nodes"):
+        train_command(tmp_path / "r.toml", tmp_path / "run", 15, None, TWO_NODES[1])
+
+
+def test_only_the_first_node_keeps_the_record_and_none_retries(tmp_path: Path) -> None:
+    failing = program("raise ConnectionRefusedError('Connection refused')", tmp_path)
+    assert len(launch(failing, tmp_path, cluster=TWO_NODES[1]).attempts) == 1
+    assert "Connection refused" in (tmp_path / "launch-node-1.log").read_text()
+    assert read_attempts(tmp_path) == []
+    first = launch(failing, tmp_path, cluster=TWO_NODES[0])  # what the other node wrote is in nobody's way
+    assert [attempt.kind for attempt in first.attempts] == ["infra"]
+    assert len(read_attempts(tmp_path)) == 1
+
+
+def test_launch_leaves_no_process_behind_that_its_parent_left(tmp_path: Path) -> None:
+    body = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+(run_dir / "child").write_text(str(child.pid))
+os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory is out: nobody stops the child
+"""
+    assert launch(program(body, tmp_path), tmp_path).last.exit_code == -signal.SIGKILL
+    for pid in [int((tmp_path / "child").read_text())]:
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_two_nodes_train_together(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(
+        PRELUDE
+        + """
+import torch
+from torch import distributed
+distributed.init_process_group("gloo")
+total = torch.tensor([distributed.get_rank() + 1.0])
+distributed.all_reduce(total)
+if distributed.get_rank() == 0:
+    phase("training"); step(int(total)); phase("done")
+distributed.barrier()
+distributed.destroy_process_group()
+"""
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results: dict[int, LaunchResult] = {}
+
+    def start(rank: int) -> None:
+        environment = {"MASTER_PORT": str(port)}
+        hosts = ["127.0.0.1", "other"]
+        cluster = read_cluster("hosts", environment, hosts=hosts, this_host=hosts[rank])
+        command = [
+            sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *cluster.torchrun_arguments(1), str(script),
+            str(tmp_path / "run"),
+        ]  # fmt: skip
+        results[rank] = launch(
+            command, tmp_path / "run", cluster=cluster, environment=child_environment("cpu", 1)
+        )
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(result.completed for result in results.values())
+    assert results[0].last.last_iteration == 3  # 1 + 2: both nodes took part
+    assert (tmp_path / "run" / "launch-node-1.log").is_file()

@@ -14,7 +14,7 @@ from harness.assets import CHECKPOINTS, DATASETS
 from harness.cases import SUITES, discover
 from harness.cli.app import app
 from harness.hardware import REPOSITORY
-from harness.plan import plan_text
+from harness.plan import plan_case, plan_text
 from harness.smoke import CASES
 from models.contract.site import Site
 
@@ -23,7 +23,8 @@ PIPELINES = sorted((REPOSITORY / "docs" / "ci").glob("*.yml"))
 
 def test_every_case_can_be_planned(tmp_path: Path) -> None:
     cases = discover(SUITES)
-    text = plan_text(cases, Site(checkpoints=str(tmp_path), datasets=str(tmp_path)))
+    site = Site(checkpoints=str(tmp_path), datasets=str(tmp_path))
+    text = plan_text([plan_case(case, site) for case in cases])
     assert all(case.id in text for case in cases)
     assert f"{len(cases)} case(s)" in text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.contract.errors import DataError
-from models.datasets.prepare.source import MediaSource, Verify, suffix_of, verify_image
+from models.datasets.prepare.source import MediaSource, Verify, suffix_of, verify_medium
 from models.datasets.sample import Medium as SampleMedium
 from models.datasets.sample import SampleRejected, check_roles, order_media, parse_turns
 from models.datasets.shards import RawSample, safe_key
@@ -45,7 +45,7 @@ class ConvertLlava:
             if not isinstance(image, str):
                 raise SampleRejected("bad json", f"image is {type(image).__name__}")
             data = self.media.read(self.prefix + image)
-            verify_image(data, image, self.verify)
+            verify_medium("image", data, image, self.verify)
             media = {"jpg" if self.layout == "vqa" else f"image0.{suffix_of(image)}": data}
         order_media(
             turns, {"image": [SampleMedium("image", str(image), ()) for _ in media], "video": [], "audio": []}
@@ -100,8 +100,8 @@ def to_mllm(
     records, skipped = [], []
     for entry in entries:
         image, name = entry.get("image"), str(entry.get("id", ""))
-        if image and not media.has(prefix + image):
-            skipped.append({"entry": name, "reason": "missing media", "detail": image})
+        if image and not (isinstance(image, str) and media.has(prefix + image)):
+            skipped.append({"entry": name, "reason": "missing media", "detail": str(image)})
             continue
         try:
             turns = parse_turns(entry.get("conversations"))

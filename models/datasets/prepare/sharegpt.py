@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from models.datasets.prepare.source import MediaSource, Verify, suffix_of, verify_image
+from models.datasets.prepare.source import MediaSource, Verify, suffix_of, verify_medium
 from models.datasets.sample import (
     AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -76,13 +76,14 @@ class ConvertShareGpt:
         if suffix not in allowed:
             raise SampleRejected("unknown media type", path)
         data = self.media.read(path)
-        if kind == "image":
-            verify_image(data, path, self.verify)
+        verify_medium(kind, data, path, self.verify)
         name = f"{kind}{number}.{suffix}"
         return name, None, {name: data}
 
     def _read_frames(self, number: int, folder: str) -> tuple[str, float, dict[str, bytes]]:
         files = [file for file in self.media.list_folder(folder) if suffix_of(file) in IMAGE_SUFFIXES]
+        if len(files) == 1:
+            raise SampleRejected("video too short", f"{folder}: 1 frame; give it as an image")
         if not files:
             raise SampleRejected(
                 "missing media", f"{folder}: no such video file, and no frames in such a folder"
@@ -90,7 +91,7 @@ class ConvertShareGpt:
         members = {}
         for index, file in enumerate(files):
             data = self.media.read(file)
-            verify_image(data, file, self.verify)
+            verify_medium("image", data, file, self.verify)
             members[f"video{number}.frame{index:06d}.{suffix_of(file)}"] = data
         return f"video{number}.frames", self._frame_rate(folder), members
 

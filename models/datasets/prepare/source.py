@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where prepared samples come from: JSON lists, and media in a folder or a zip file."""
 
-import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from models.contract.errors import DataError
-from models.datasets.media import decode_image
-from models.datasets.sample import SampleRejected
+from models.datasets.media import decode_medium, image_size, probe_audio, probe_video
+from models.datasets.sample import HALF_PAIR, MediaKind, Medium, SampleRejected
 
 Verify = Literal["none", "header", "decode"]
+MAX_MEDIA_BYTES = 1 << 31
+"""Of one file, unpacked: a zip of zeros claims any size."""
 PROBE = 200
 """Media looked up before a job starts: when none is there, it is another dataset's."""
 
@@ -35,23 +35,37 @@ class MediaSource:
         """
         checked = self._checked(name)
         try:
-            data = (
-                _archive(self.root).read(checked)
-                if self.root.is_file()
-                else (self.root / checked).read_bytes()
-            )
+            data = self._read(checked)
         except (KeyError, FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise SampleRejected("missing media", name) from None
-        except (OSError, zipfile.BadZipFile, EOFError) as error:
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            RuntimeError,
+        ) as error:  # RuntimeError: encrypted
             raise SampleRejected("unreadable media", f"{name}: {error}") from None
         if not data:
             raise SampleRejected("empty media", name)
         return data
 
+    def _read(self, checked: str) -> bytes:
+        is_zip = self.root.is_file()
+        size = (
+            _archive(self.root).getinfo(checked).file_size if is_zip else (self.root / checked).stat().st_size
+        )
+        if size > MAX_MEDIA_BYTES:
+            raise SampleRejected("media too large", f"{checked}: {size} bytes, at most {MAX_MEDIA_BYTES}")
+        return _archive(self.root).read(checked) if is_zip else (self.root / checked).read_bytes()
+
     def has(self, name: str) -> bool:
         """Whether a file is there."""
-        checked = self._checked(name)
-        return checked in _names(self.root) if self.root.is_file() else (self.root / checked).exists()
+        try:
+            checked = self._checked(name)
+            return checked in _names(self.root) if self.root.is_file() else (self.root / checked).exists()
+        except (SampleRejected, OSError):  # a name that leads out, or one that no file system takes
+            return False
 
     def list_folder(self, name: str) -> list[str]:
         """Names of the files of a sub-folder, sorted."""
@@ -64,6 +78,8 @@ class MediaSource:
 
     def _checked(self, name: str) -> str:
         clean = name.replace("\\", "/").removeprefix("./")
+        if HALF_PAIR.search(clean):
+            raise SampleRejected("text is not utf-8", f"name of a medium: {name!r}")
         if not clean or clean.startswith("/") or ".." in clean.split("/") or "\0" in clean:
             raise SampleRejected("path leaves the dataset", name)
         if not self.root.is_file() and not (self.root / clean).resolve().is_relative_to(self.root.resolve()):
@@ -141,20 +157,19 @@ def check_overlap(source: MediaSource, names: Iterable[str], *, where: str) -> N
         )  # fmt: skip
 
 
-def verify_image(data: bytes, name: str, verify: Verify) -> None:
-    """Look at an image as closely as asked.
+PROBES = {"image": image_size, "video": probe_video, "audio": probe_audio}
+
+
+def verify_medium(kind: MediaKind, data: bytes, name: str, verify: Verify) -> None:
+    """Look at one file as closely as asked.
 
     Raises:
-        SampleRejected: not an image, or (with `decode`) damaged.
+        SampleRejected: of another kind, of a size no model takes, or (with `decode`) damaged.
     """
-    if verify == "decode":
-        decode_image(data, name)
-    elif verify == "header":
-        try:
-            with Image.open(io.BytesIO(data)):
-                pass
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise SampleRejected("corrupt image", f"{name}: {error}") from None
+    if verify == "header":
+        PROBES[kind](data, name)
+    elif verify == "decode":
+        decode_medium(Medium(kind, name, (data,)))
 
 
 def suffix_of(name: str) -> str:

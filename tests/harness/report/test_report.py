@@ -251,3 +251,23 @@ def test_announce_appends_to_the_step_summary(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("GITLAB_CI", raising=False)
     announce(tmp_path, [])
     assert summary.read_text() == "before\n# title\n"
+
+
+def test_single_point_is_drawn() -> None:
+    alone = line_chart(
+        [Line(x=[5.0], y=[1.0], style="control", label="held-out")], title="t", x_label="x", y_label="y"
+    )
+    assert alone.count('<circle class="control"') == 2  # wide and narrow
+    many = line_chart(
+        [Line(x=list(range(50)), y=[1.0] * 50, style="run", label="a")], title="t", x_label="x", y_label="y"
+    )
+    assert "<circle" not in many
+
+
+def test_margin_that_is_open_below_does_not_hide_the_effect() -> None:
+    bar = effect_bar(0.02, None, (-1.0, 0.05), title="memory")
+    assert "-100" not in bar
+    centres = [float(value) for value in re.findall(r'cx="([\d.]+)"', bar)]
+    zeros = [float(value) for value in re.findall(r'class="grid" x1="([\d.]+)"', bar)]
+    # +2% against a margin of +5% stands a quarter of the half width away from zero; of -100% it would be 3 pixels
+    assert all(centre - zero > 30 for centre, zero in zip(centres, zeros, strict=True))

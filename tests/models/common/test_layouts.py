@@ -30,6 +30,9 @@ EXPERTS = {
     "tp sp": SP,
     "tp sp ep": SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
     "ep": EP,
+    "tp sp etp": SP
+    | {"expert_tensor_parallel_size": 2},  # parts of different sizes, which gloo cannot gather itself
+    "etp dp": DP | {"expert_tensor_parallel_size": 2},
 }
 CASES = ("mixed", "text", "images", "video")
 AUDIO = ("audio and vision", "text", "audios", "image")

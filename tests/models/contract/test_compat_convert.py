@@ -42,6 +42,11 @@ def test_run_8xh20_refuses_what_the_script_would_not_take(arguments, words) -> N
             "hf-to-dcp h d --style 2025",
         ),
         ("Qwen3VLConverter dcp_to_hf --load_dir d --save_dir o --model_assets_dir h", "dcp-to-hf d o --hf h"),
+        (
+            "GenericDCPConverter hf_to_dcp --hf_dir h --dcp_dir d --trust_remote_code True "
+            '--tie_weight_mapping {"lm_head.weight":"model.embed_tokens.weight"}',
+            "hf-to-dcp h d --style 2026 --tie-weight",
+        ),
         ("ExpertMergeDcpConverter hf_to_dcp --hf_dir h --save_dir d", "hf-to-dcp h d --style 2026"),
         ("ExpertMergeDcpConverter dcp_to_hf --hf_dir h --dcp_dir d --save_dir o", "dcp-to-hf d o --hf h"),
     ],
@@ -60,6 +65,9 @@ def test_mm_convert_maps_every_dcp_call(call, native) -> None:
         ("Qwen3VLConverter hf_to_dcp --hf_dir", "no value"),
         ("Qwen3VLConverter hf_to_dcp --hf_dir h", "--dcp_dir"),
         ("GenericDCPConverter hf_to_dcp --hf_dir h --dcp_dir d --dcp_prefix x.", "dcp_prefix"),
+        ("GenericDCPConverter hf_to_dcp --hf_dir h --dcp_dir d --fused_linear_names qkv", "no counterpart"),
+        ("GenericDCPConverter hf_to_dcp --hf_dir h --dcp_dir d --tie_weight_mapping {a:b}", "no such tie"),
+        ("Qwen3VLConverter hf_to_dcp --hf_dir h --dcp_dir d --tie_weight maybe", "--tie_weight"),
     ],
 )
 def test_mm_convert_refuses_what_has_no_counterpart(call, words) -> None:

@@ -82,11 +82,65 @@ def test_layouts_that_divide_pass(size: str, parallel: dict[str, Any]) -> None:
         ("qwen3_vl_8b", {"model": {"num_layers": 2}}, "num_layers must hold the deepstack levels"),
         ("qwen3_vl_8b", {"model": {"freeze": ["audio"]}}, "only a model with an audio tower"),
         ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "parallel": TP8}, "fsdp2 engine"),
+        ("qwen3_vl_8b", {"parallel": PP2 | {"num_layers_in_last_pipeline_stage": 35,
+                                            "num_layers_in_first_pipeline_stage": 2}}, "must divide over"),
+        ("qwen3_vl_8b", {"data": {"packing": True}, "train": {"micro_batch_size": 2}}, "a pack is a micro-batch"),
+        ("qwen3_vl_8b", {"data": {"vision_tokens_per_pack": 100}}, "a vision-token budget is one of packs"),
+        ("qwen3_vl_8b", {"data": {"min_pixels": 9, "max_pixels": 4}}, "min_pixels must not be above max_pixels"),
+        ("qwen3_vl_8b", {"optimizer": {"min_lr": 1e-3}}, "min_lr must not be above lr"),
+        ("qwen3_vl_8b", {"optimizer": {"lr_warmup_iters": 1}}, "warm-up must end before"),
+        ("qwen3_vl_8b", {"optimizer": {"use_precision_aware_optimizer": True, "use_distributed_optimizer": False}},
+         "needs use_distributed_optimizer"),
+        ("qwen3_vl_8b", {"parallel": {"overlap_param_gather": True}}, "overlap_param_gather needs"),
+        ("qwen3_vl_30b_a3b", {"train": {"engine": "fsdp2"}, "parallel": {"expert_model_parallel_size": 2}},
+         "fsdp2 engine splits"),
+        ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "precision": {"dtype": "fp16"}}, "fsdp2 engine does not"),
+        ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "precision": {"fp8": "tensorwise"}}, "fsdp2 engine does not"),
+        ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "precision": {"recompute": "selective"}}, "fsdp2 engine does"),
+        ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "optimizer": {"cpu_offload_fraction": 0.5}}, "fsdp2 engine"),
     ],
 )  # fmt: skip
 def test_broken_rule_is_named(size: str, sections: dict[str, Any], rule: str) -> None:
     found = rules(size, **sections)
     assert any(rule in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"precision": {"fp8": "tensorwise"}},
+        {"model": {"attention_backend": "te"}},
+        {"optimizer": {"use_precision_aware_optimizer": True}},
+        {"optimizer": {"cpu_offload_fraction": 0.5}},
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused_there_and_not_elsewhere(sections: dict[str, Any]) -> None:
+    architecture, made = published_architecture("qwen3_vl_8b"), recipe(**sections)
+    [problem] = check_layout(architecture, made, hardware="cpu")
+    [(section, [(name, _)])] = [(key, list(value.items())) for key, value in sections.items()]
+    assert (problem.where, problem.rule) == (f"{section}.{name}", "this needs a GPU")
+    assert problem.fix
+    assert check_layout(architecture, made, hardware="h20") == check_layout(architecture, made) == []
+
+
+def test_every_refusal_names_key_and_fix() -> None:
+    """One recipe that breaks as much as it can: each line says which key, what it holds, and what to do."""
+    broken = recipe(
+        num_processes=24,
+        parallel={"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2, "context_parallel_size": 4,
+                  "virtual_pipeline_model_parallel_size": 5, "expert_model_parallel_size": 7,
+                  "expert_tensor_parallel_size": 5, "overlap_param_gather": True},
+        data={"seq_length": 4099, "packing": True}, precision={"fp8": "delayed"},
+        train={"micro_batch_size": 3, "global_batch_size": 3}, optimizer={"min_lr": 1.0},
+        model={"num_layers": 2, "freeze": ["audio"]},
+    )  # fmt: skip
+    problems = check_layout(published_architecture("qwen3_vl_30b_a3b"), broken, hardware="cpu")
+    assert len(problems) >= 15
+    for problem in problems:
+        section, _, key = problem.where.partition(".")
+        assert key in type(getattr(broken, section)).model_fields, problem
+        assert problem.fix
+        assert problem.got
 
 
 def test_all_problems_come_at_once() -> None:

@@ -2,7 +2,9 @@
 """Memory and time of a recipe, from sizes alone."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,9 +12,10 @@ import models.contract
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
 from models.contract.families import detect_family, family_part
+from models.contract.layout import check_layout
 from models.contract.memory import count_parameters, estimate_memory
-from models.contract.plan import plan_training, require_fit
-from models.contract.recipe import load_recipe, parse_recipe
+from models.contract.plan import checkpoint_bytes, plan_training, require_fit
+from models.contract.recipe import Recipe, load_recipe, parse_recipe
 from models.contract.site import REPOSITORY
 
 PUBLISHED = Path(models.contract.__file__).parent / "published"
@@ -71,3 +74,59 @@ def test_plan_time_follows_from_the_formula_and_the_peak() -> None:
     )
     # 47.354216448 GFLOP a token, 64 x 8192 tokens, 8 devices at 500 TFLOP/s
     assert plan.expected_step_time_s == pytest.approx(47_354_216_448 * 64 * 8192 / 4e15)
+
+
+def changed_by(suggestion: str, data: dict[str, Any]) -> Recipe:
+    """The recipe after the change that a suggestion words."""
+    for change in re.split(r" and | with ", suggestion):
+        key, value = change.split(" = ")
+        section, _, name = key.rpartition(".")
+        data[section or "parallel"][name] = json.loads(value)
+    return parse_recipe(data, where="changed")
+
+
+@pytest.mark.parametrize("memory_gib", [24, 40, 64, 80])
+@pytest.mark.parametrize(
+    ("recipe_file", "size"),
+    [
+        ("convergence/qwen3_vl_30b_a3b_lite.toml", "qwen3_vl_30b_a3b"),
+        ("convergence/qwen3_vl_30b_a3b_fsdp2.toml", "qwen3_vl_30b_a3b"),
+        ("convergence/qwen2_5_vl_7b_llava_pretrain.toml", "qwen2_5_vl_7b"),
+        ("debug/qwen3_vl_30b_a3b_debug.toml", "qwen3_vl_30b_a3b"),
+    ],
+)
+def test_plan_suggestion_fits_and_breaks_no_rule(recipe_file: str, size: str, memory_gib: int) -> None:
+    recipe, sizes = load_recipe(SUITES / recipe_file), architecture(size)
+    plan = plan_training(recipe, sizes, memory_gib=memory_gib, bf16_tflops=None)
+    if plan.fits:
+        assert plan.suggestion is None
+        return
+    assert plan.suggestion is not None
+    if "more devices" in plan.suggestion:
+        return
+    changed = changed_by(plan.suggestion, recipe.model_dump(mode="json"))
+    assert plan_training(changed, sizes, memory_gib=memory_gib, bf16_tflops=None).fits
+    assert check_layout(sizes, changed) == []
+    if recipe.train.engine == "fsdp2":  # what that engine refuses must not be suggested
+        assert "parallel" not in plan.suggestion
+        assert "precision_aware" not in plan.suggestion
+        assert "0.5" not in plan.suggestion
+
+
+def test_estimate_memory_of_fsdp2_shards_everything_and_holds_two_layers_whole() -> None:
+    recipe = load_recipe(SUITES / "convergence" / "qwen3_vl_30b_a3b_fsdp2.toml")
+    sizes = architecture("qwen3_vl_30b_a3b")
+    memory, counts = estimate_memory(recipe, sizes), count_parameters(sizes)
+    assert memory.optimizer == counts.total * 8 / 8
+    assert memory.gradients == counts.total * 4 / 8
+    whole = 2 * (counts.language + counts.experts) / 48 + counts.embedding
+    assert memory.weights == pytest.approx(counts.total * 4 / 8 + whole * 2)
+
+
+def test_checkpoint_bytes_hold_the_optimizer_where_it_is_saved() -> None:
+    recipe = load_recipe(SUITES / "convergence" / "qwen2_5_vl_7b_llava_pretrain.toml")
+    data = recipe.model_dump(mode="json")
+    data["checkpoint"]["save_optimizer"] = True
+    sizes = architecture("qwen2_5_vl_7b")
+    assert checkpoint_bytes(recipe, sizes) == 8_292_166_656 * 2
+    assert checkpoint_bytes(parse_recipe(data, where="with optimizer"), sizes) == 8_292_166_656 * 14

@@ -194,6 +194,15 @@ def half_config(folder: Path) -> None:
     (folder / "config.json").write_text(text[: len(text) // 2])
 
 
+def list_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def whole_numbers(folder: Path) -> None:
+    name = next(name for name in load_file(folder / SHARD) if "norm" in name)
+    edit(folder / SHARD, lambda tensors: tensors.update({name: tensors[name].to(torch.int64)}))
+
+
 def half_index(folder: Path) -> None:
     file = folder / "model.safetensors.index.json"
     file.write_text(file.read_text()[:100])
@@ -211,6 +220,7 @@ BROKEN = {
     drop_tensor: "1 missing", drop_tensor_not_index: "index and the files disagree",
     add_tensor: "1 unexpected: extra.weight",
     bend_tensor: "1 wrong shape", other_family: "does not fit its config.json", unknown_model: "unknown architecture",
+    list_config: "not an object", whole_numbers: "1 not floating point",
     half_config: "not valid JSON", half_index: "index is not valid JSON", index_outside: "no usable weight_map",
 }  # fmt: skip
 
@@ -242,6 +252,12 @@ def test_existing_target_is_refused_and_untouched(source, tmp_path) -> None:
     with pytest.raises(ConfigError, match="target exists"):
         hf_to_megatron(source, tmp_path / "m", Options())
     assert [path.name for path in (tmp_path / "m").iterdir()] == ["precious"]
+
+
+def test_empty_folder_may_be_the_target(source, tmp_path) -> None:
+    (tmp_path / "m").mkdir()
+    assert hf_to_megatron(source, tmp_path / "m", Options()).complete
+    assert (tmp_path / "m" / "release" / ".metadata").is_file()
 
 
 def test_full_disk_is_refused_before_the_first_byte(source, tmp_path, monkeypatch) -> None:
@@ -359,6 +375,19 @@ def test_metadata_that_would_run_code_is_refused(coded, tmp_path) -> None:
     with pytest.raises(WeightMappingError, match="checkpoint is broken"):
         megatron_to_hf(tmp_path / "m", tmp_path / "hf", coded["qwen3_vl", False], Options())
     assert not marker.exists()
+
+
+def test_tracker_that_is_no_text_is_refused(coded, tmp_path) -> None:
+    source = coded["qwen3_vl", False]
+    hf_to_megatron(source, tmp_path / "m", Options())
+    (tmp_path / "m" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(WeightMappingError, match="names a checkpoint that is not there"):
+        megatron_to_hf(tmp_path / "m", tmp_path / "hf", source, Options())
+
+
+def test_program_says_in_one_line_that_a_name_is_impossible(source, tmp_path, capsys) -> None:
+    assert main(["hf-to-megatron", str(source), str(tmp_path / ("n" * 250))]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[0].startswith("OSError")
 
 
 def test_program_plans_converts_and_reports_errors(source, tmp_path, capsys) -> None:

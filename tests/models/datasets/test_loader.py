@@ -121,6 +121,35 @@ def test_workers_give_the_order_of_streams_and_restore(make):
     assert keys(other, 9) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("at", [0, 1, 7, 40])
+def test_workers_resume_exactly_wherever_they_stood(make, workers, packing, at):
+    """Whole batches, not only keys, from any point of a pass or beyond it; also a second time from the same state."""
+    settings = {"num_workers": workers, "packing": packing, "gbs": 2, "mbs": 1}
+    loader = make(**settings)
+    keys(loader, at)
+    state = json.loads(json.dumps(loader.state_dict()))
+    expected = list(itertools.islice(loader, 6))
+    for _ in range(2):
+        other = make(**settings)
+        other.load_state_dict(state)
+        for batch, wanted in zip(itertools.islice(other, 6), expected, strict=True):
+            assert batch.sample_keys == wanted.sample_keys
+            assert torch.equal(batch.input_ids, wanted.input_ids)
+            assert torch.equal(batch.position_ids, wanted.position_ids)
+
+
+@pytest.mark.parametrize("changes", [{"num_workers": 2}, {"packing": True}, {"shuffle_buffer_size": 3}])
+def test_state_of_other_workers_or_buffers_is_refused_by_name(make, changes):
+    state = make(mbs=1).state_dict()
+    [(name, value)] = changes.items()
+    with pytest.raises(DataError, match=f"{name} = {value}"):
+        make(mbs=1, **changes).load_state_dict(state)
+
+
 def test_state_of_another_layout_is_refused(make):
     state = make().state_dict()
     with pytest.raises(DataError, match=r"seed = 7"):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import multiprocessing
 import struct
 import zlib
 
@@ -9,7 +10,14 @@ import pytest
 import soundfile
 from PIL import Image
 
-from models.datasets.media import decode_audio, decode_image, decode_video, image_size
+from models.datasets.media import (
+    decode_audio,
+    decode_image,
+    decode_video,
+    image_size,
+    probe_audio,
+    probe_video,
+)
 from models.datasets.sample import Medium, SampleRejected
 from models.datasets.scenes import encode_mp4
 
@@ -126,3 +134,65 @@ def test_sound_of_a_video_is_read():
 def test_damaged_audio_is_rejected(data):
     with pytest.raises(SampleRejected, match="corrupt audio"):
         decode_audio(data, 16000)
+
+
+def clip(count: int = 6) -> bytes:
+    return encode_mp4([Image.new("RGB", (320, 240), (40 * i, 90, 20)) for i in range(count)], fps=4)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_video_decodes_in_a_worker_forked_after_one_was_decoded():
+    """Loader workers are forks; a thread pool that the parent has left in the decoder is dead in them."""
+    medium = Medium("video", "v.mp4", (clip(),))
+    next(av.open(io.BytesIO(clip())).decode(video=0)).to_ndarray(
+        format="rgb24"
+    )  # leaves PyAV's own pool behind
+    decode_video(medium)
+    worker = multiprocessing.get_context("fork").Process(target=decode_video, args=(medium,))
+    worker.start()
+    worker.join(60)
+    if worker.exitcode is None:
+        worker.kill()
+        worker.join()
+    assert worker.exitcode == 0
+
+
+def test_video_of_one_frame_is_rejected_by_header_and_by_content():
+    one = clip(1)
+    with pytest.raises(SampleRejected, match=r"video too short: v\.mp4: 1 frame"):
+        decode_video(Medium("video", "v.mp4", (one,)))
+    with pytest.raises(SampleRejected, match="video too short"):
+        probe_video(one, "v.mp4")
+    with pytest.raises(SampleRejected, match="video too short"):
+        decode_video(Medium("video", "video0.frames", (encoded(Image.new("RGB", (8, 8)), "PNG"),), 2.0, True))
+
+
+def wav(samples: np.ndarray, rate: int = 16000) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, format="WAV")
+    return stream.getvalue()
+
+
+def test_audio_without_samples_is_rejected_by_header_and_by_content():
+    empty = wav(np.zeros((0, 2), np.float32))
+    for look in (lambda: probe_audio(empty, "a.wav"), lambda: decode_audio(empty, 16000, "a.wav")):
+        with pytest.raises(SampleRejected, match=r"corrupt audio: a\.wav: no samples"):
+            look()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_any_number_of_channels_becomes_one(channels):
+    data = wav(np.full((800, channels), 0.25, np.float32))
+    assert decode_audio(data, 16000).shape == (800,)
+
+
+def test_sound_files_and_videos_pass_the_probe():
+    probe_audio(wav(tone(16000)), "a.wav")
+    probe_video(clip(), "v.mp4")
+
+
+@pytest.mark.parametrize("probe", [probe_audio, probe_video])
+@pytest.mark.parametrize("data", [b"", b"not media at all", clip()[:200]])
+def test_probes_reject_what_is_no_medium(probe, data):
+    with pytest.raises(SampleRejected, match="corrupt"):
+        probe(data, "x")

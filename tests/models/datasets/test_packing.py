@@ -26,8 +26,9 @@ def test_plan_packs_fills_by_best_fit():
     assert plan_packs([60, 50, 40, 50], [0] * 4, capacity=100) == [[0, 2], [1, 3]]
 
 
+@pytest.mark.parametrize("budget", [None, 7 / 8])
 @pytest.mark.parametrize("capacity", [4096, 8192, 16384])
-def test_llava_like_lengths_pack_to_95_percent_real_tokens(capacity):
+def test_llava_like_lengths_pack_to_95_percent_real_tokens(capacity, budget):
     """Captions of 20 to 60 tokens behind images of 64 to 1,280, and a few long chats: what LLaVA mixes hold."""
     rng = np.random.default_rng(0)
     count = packing_buffer_size(DataSection(dataset="x", seq_length=capacity))
@@ -35,7 +36,8 @@ def test_llava_like_lengths_pack_to_95_percent_real_tokens(capacity):
         [64, 121, 144, 256, 400, 576, 1024], count, p=[0.05, 0.15, 0.35, 0.25, 0.1, 0.08, 0.02]
     )
     lengths = images + rng.integers(20, 60, count) + (rng.random(count) < 0.1) * rng.integers(200, 900, count)
-    packs = plan_packs(lengths.tolist(), images.tolist(), capacity=capacity)
+    limit = None if budget is None else int(budget * capacity)
+    packs = plan_packs(lengths.tolist(), images.tolist(), capacity=capacity, vision_budget=limit)
     assert lengths.sum() / (len(packs) * capacity) >= 0.95
 
 

@@ -100,6 +100,7 @@ def test_evaluate_and_page(place: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (("--checkpoint", "tiny", "--audio", "red.png"), "takes no audio"),
         (("--checkpoint", "tiny", "--prompt", "red " * 5000), "longer than the context"),
         (("--checkpoint", "tiny", "--prompt", "<|im_end|>"), "special token"),
+        (("--checkpoint", "tiny", "--each"), "nothing is asked"),
         (
             ("evaluate", "--checkpoint", "tiny", "--dataset", "nodata", "--out", "e.json"),
             "not a prepared dataset",

@@ -12,18 +12,17 @@ from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
     Qwen3OmniMoePreTrainedModelForConditionalGeneration as Thinker,
 )
 
-from models.common.processing import DecodedVideo, load_processor
+from models.common.batching import build_batch
+from models.common.processing import DecodedVideo, load_processor, process_image
+from models.common.sequences import encode_sample
 from models.contract.families import load_architecture
 from models.conversion.tiny_config import tiny_config
 from models.conversion.tiny_processor import write_processor_files
 from models.datasets.chat import render_chat, tokenize_chat
 from models.datasets.sample import Turn
 from models.qwen3_omni.data import (
-    build_batch,
-    encode_sample,
     num_audio_tokens,
     process_audio,
-    process_image,
     process_video,
 )
 
@@ -91,7 +90,7 @@ def encode(tiny, name):
     text, media = CASES[name]
     items = tuple(process(medium, processor, architecture) for medium in media)
     tokens = tokenize_chat(processor, chat(text), items, loss_mask="assistant")
-    return encode_sample(name, tokens.ids, tokens.supervised, items, architecture)
+    return encode_sample(name, tokens.ids, tokens.supervised, items, architecture.tokens)
 
 
 def oracle(tiny, name):
@@ -175,6 +174,6 @@ def test_unwhole_clock_keeps_its_fractions(tiny):
     item = process_video(video(6, 3.0, 1), processor, architecture)
     assert item.runs[0].offsets.dtype == torch.float32
     ids, learned = torch.tensor([1, architecture.tokens.video, 2]), torch.tensor([0, 0, 1]).bool()
-    sample = encode_sample("k", ids, learned, (item,), architecture)
+    sample = encode_sample("k", ids, learned, (item,), architecture.tokens)
     step = 2 / 3.0 * 13
     assert sample.position_ids[0].max() == pytest.approx(1 + 2 * step + 1)

@@ -11,13 +11,15 @@ from transformers import Qwen3VLConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 from transformers.video_utils import VideoMetadata
 
-from models.common.processing import DecodedVideo, load_processor
+from models.common.batching import build_batch
+from models.common.processing import DecodedVideo, load_processor, process_image
+from models.common.sequences import encode_sample
 from models.contract.families import load_architecture
 from models.conversion.tiny_config import tiny_config
 from models.conversion.tiny_processor import write_processor_files
 from models.datasets.chat import render_chat, tokenize_chat
 from models.datasets.sample import Turn
-from models.qwen3_vl.data import build_batch, encode_sample, patch_timestamps, process_image, process_video
+from models.qwen3_vl.data import patch_timestamps, process_video
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def encode(tiny, name):
         for medium in media
     )
     tokens = tokenize_chat(processor, chat(text), items, loss_mask="assistant")
-    return encode_sample(name, tokens.ids, tokens.supervised, items, architecture)
+    return encode_sample(name, tokens.ids, tokens.supervised, items, architecture.tokens)
 
 
 def oracle(tiny, name):

@@ -33,6 +33,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     )
 
 
+@pytest.fixture(scope="session")
+def all_families(site: Site) -> Site:
+    """The same site with the mixture of experts, and with sound."""
+    checkpoints, datasets = Path(site.checkpoints), Path(site.datasets)
+    write_tiny_checkpoint(checkpoints / "tiny-qwen3_vl_moe", "qwen3_vl", moe=True)
+    write_tiny_checkpoint(checkpoints / "tiny-qwen3_omni", "qwen3_omni")
+    splits = {
+        "train": [("train", index) for index in range(32)], "val": [("val", index) for index in range(8)],
+    }  # fmt: skip
+    write_dataset(datasets / "scenes-audio", splits, ConvertScene("scenes-audio", 0), about={}, shard_size=16)
+    return site
+
+
 @pytest.fixture
 def make_recipe() -> MakeRecipe:
     """Build a recipe of six small steps; a keyword per section adds or changes its keys."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.training.interruption import HANG_EXIT_CODE, StopRequest, stop_requests
+from models.training.interruption import HANG_EXIT_CODE, StopRequest, signals_held, stop_requests
 
 
 def test_stop_requests_remember_a_signal_and_put_the_handlers_back() -> None:
@@ -48,3 +48,18 @@ with interruption.Watchdog(Path(sys.argv[1]), 3, 0.2, lambda message: print(mess
     assert done.returncode == HANG_EXIT_CODE, done.stderr
     assert "no progress for" in done.stdout
     assert "stuck_in_a_collective" in (tmp_path / "rank_00003.txt").read_text()
+
+
+def test_signals_held_arrive_later_and_never_in_what_was_started_meanwhile() -> None:
+    echo = "import sys; sys.stdout.write(sys.stdin.read())"
+    with stop_requests() as request:
+        with signals_held():
+            child = subprocess.Popen(
+                [sys.executable, "-c", echo], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.signal_name is None
+        assert request.signal_name == "SIGTERM"
+    child.terminate()
+    assert child.communicate("still here")[0] == "still here"
+    assert child.returncode == 0

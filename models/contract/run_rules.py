@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about settings that contradict each other, whatever the model: batches, optimizer, engine, kind of device.
+
+The programs that run a recipe check them again where they act on them; here they are known before anything starts.
+"""
+
+from collections.abc import Iterator
+
+from models.contract.layout_problem import LayoutProblem
+from models.contract.recipe import Recipe
+
+
+def check_run(recipe: Recipe, *, hardware: str | None = None) -> list[LayoutProblem]:
+    """Every rule that the recipe breaks by itself.
+
+    Args:
+        recipe: What would run.
+        hardware: Hardware class it would run on; None leaves the rules about devices out.
+    """
+    problems = [*_batches(recipe), *_optimizer(recipe), *_fsdp2(recipe)]
+    return [*problems, *_cpu(recipe)] if hardware == "cpu" else problems
+
+
+def _batches(recipe: Recipe) -> Iterator[LayoutProblem]:
+    data = recipe.data
+    if data.packing and recipe.train.micro_batch_size != 1:
+        yield LayoutProblem(
+            rule="a pack is a micro-batch of its own", where="train.micro_batch_size",
+            got=f"{recipe.train.micro_batch_size} with data.packing",
+            fix="set it to 1; data.seq_length is the size of a pack",
+        )  # fmt: skip
+    if data.vision_tokens_per_pack is not None and not data.packing:
+        yield LayoutProblem(
+            rule="a vision-token budget is one of packs", where="data.vision_tokens_per_pack",
+            got=f"{data.vision_tokens_per_pack} without data.packing", fix="set data.packing = true, or leave it out",
+        )  # fmt: skip
+    if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
+        yield LayoutProblem(
+            rule="min_pixels must not be above max_pixels", where="data.min_pixels",
+            got=f"{data.min_pixels} and {data.max_pixels}", fix="exchange them",
+        )  # fmt: skip
+
+
+def _optimizer(recipe: Recipe) -> Iterator[LayoutProblem]:
+    settings, parallel = recipe.optimizer, recipe.parallel
+    if settings.min_lr > settings.lr:
+        yield LayoutProblem(
+            rule="min_lr must not be above lr", where="optimizer.min_lr", got=f"{settings.min_lr} and {settings.lr}",
+            fix="lower it",
+        )  # fmt: skip
+    if settings.lr_warmup_iters >= recipe.lr_decay_iters:
+        yield LayoutProblem(
+            rule="the warm-up must end before the decay does", where="optimizer.lr_warmup_iters",
+            got=f"{settings.lr_warmup_iters} of {recipe.lr_decay_iters} iterations",
+            fix=f"use less than {recipe.lr_decay_iters}",
+        )  # fmt: skip
+    if settings.use_precision_aware_optimizer and not settings.use_distributed_optimizer:
+        yield LayoutProblem(
+            rule="use_precision_aware_optimizer needs use_distributed_optimizer",
+            where="optimizer.use_precision_aware_optimizer", got="use_distributed_optimizer = false",
+            fix="set use_distributed_optimizer = true",
+        )  # fmt: skip
+    overlapped = parallel.overlap_grad_reduce and settings.use_distributed_optimizer
+    if parallel.overlap_param_gather and not overlapped:
+        yield LayoutProblem(
+            rule="overlap_param_gather needs overlap_grad_reduce and use_distributed_optimizer",
+            where="parallel.overlap_param_gather",
+            got=f"{parallel.overlap_grad_reduce} and {settings.use_distributed_optimizer}".lower(),
+            fix="switch both on, or overlap_param_gather off",
+        )  # fmt: skip
+
+
+def _fsdp2(recipe: Recipe) -> Iterator[LayoutProblem]:
+    if recipe.train.engine != "fsdp2":
+        return
+    parallel, precision, optimizer = recipe.parallel, recipe.precision, recipe.optimizer
+    if max(parallel.model_parallel_size, parallel.expert_model_parallel_size) > 1:
+        yield LayoutProblem(
+            rule="the fsdp2 engine splits over data-parallel ranks only", where="train.engine",
+            got=f"tp * pp * cp = {parallel.model_parallel_size}, ep = {parallel.expert_model_parallel_size}",
+            fix="use engine = 'megatron'",
+        )  # fmt: skip
+    unsupported = {
+        "precision.dtype": (precision.dtype == "fp16", "fp16"),
+        "precision.fp8": (precision.fp8 is not None, str(precision.fp8)),
+        "precision.recompute": (precision.recompute == "selective", "selective"),
+        "optimizer.use_precision_aware_optimizer": (optimizer.use_precision_aware_optimizer, "true"),
+        "optimizer.cpu_offload_fraction": (
+            0.0 < optimizer.cpu_offload_fraction < 1.0, str(optimizer.cpu_offload_fraction)
+        ),
+    }  # fmt: skip
+    for where, (is_set, got) in unsupported.items():
+        if is_set:
+            yield LayoutProblem(
+                rule="the fsdp2 engine does not do this", where=where, got=got,
+                fix="change it, or use engine = 'megatron'",
+            )  # fmt: skip
+
+
+def _cpu(recipe: Recipe) -> Iterator[LayoutProblem]:
+    precision, optimizer = recipe.precision, recipe.optimizer
+    needs_gpu = {
+        "precision.fp8": (precision.fp8 is not None, str(precision.fp8), "leave it out"),
+        "model.attention_backend": (recipe.model.attention_backend == "te", "te", "use 'torch' or 'auto'"),
+        "optimizer.use_precision_aware_optimizer": (
+            optimizer.use_precision_aware_optimizer, "true", "set it to false"
+        ),
+        "optimizer.cpu_offload_fraction": (
+            optimizer.cpu_offload_fraction > 0, str(optimizer.cpu_offload_fraction), "set it to 0"
+        ),
+    }  # fmt: skip
+    for where, (is_set, got, fix) in needs_gpu.items():
+        if is_set:
+            yield LayoutProblem(rule="this needs a GPU", where=where, got=f"{got} on cpu", fix=fix)

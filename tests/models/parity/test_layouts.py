@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measuring itself: what is put wrong in a reference must show in the measure that is meant for it."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from models.parity.jobs import make_jobs
+from models.parity.layouts import Job, Result, run_job
+from models.parity.matrix import LIMITS
+from models.training.cpu import cpu_megatron
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with cpu_megatron():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        yield
+        distributed.destroy_process_group()
+
+
+def job(**changes: Any) -> Job:
+    [made] = make_jobs("qwen3_vl", {"one": {}}, cases=("image",), **changes)
+    return made
+
+
+def measured(result: Result) -> dict[str, float]:
+    assert result.logits_error is not None
+    return {"logits": result.logits_error, "loss": result.loss_error, "gradient": result.gradient_error,
+            "gradient_norm": result.gradient_norm_error}  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_process")
+def test_right_reference_agrees_and_each_wrong_one_shows() -> None:
+    right = job()
+    name = max(right.gradients, key=lambda key: float(right.gradients[key].norm()))
+    logits = right.logits[0][0].clone()
+    logits[0, 3] += 0.01 * logits.abs().max()  # one position of one micro-batch
+    gradients = right.gradients | {name: right.gradients[name] * 1.1}
+    wrong = {
+        "logits": dataclasses.replace(right, logits=((logits,),)),
+        "loss": dataclasses.replace(right, loss=right.loss * 1.0001),
+        "gradient": dataclasses.replace(right, gradients=gradients),
+    }
+    assert all(value < LIMITS[measure] for measure, value in measured(run_job(right)).items())
+    for measure, broken in wrong.items():
+        found = measured(run_job(broken))
+        shows = {key for key, value in found.items() if value >= LIMITS[key]}
+        assert shows == ({"gradient", "gradient_norm"} if measure == "gradient" else {measure}), found
+
+
+@pytest.mark.usefixtures("one_process")
+def test_parameter_that_no_rank_compares_is_missing() -> None:
+    right = job()
+    more = dataclasses.replace(right, gradients=right.gradients | {"forgotten": torch.ones(2)})
+    assert run_job(more).missing == ["forgotten"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_padding_of_a_packed_row_does_not_count() -> None:
+    packed = job(packed=True, multiple=16)
+    logits = packed.logits[0][0].clone()
+    real = packed.batches[0][0].sample_lengths[0]
+    assert real < logits.shape[1]
+    logits[0, real:] = 1e6
+    assert run_job(dataclasses.replace(packed, logits=((logits,),))).logits_error == pytest.approx(
+        0, abs=1e-5
+    )
