@@ -134,6 +134,7 @@ class PlausibilityPolicy(BaseModel):
     mfu_warn: float = Field(gt=0, le=1)
     mfu_invalid: float = Field(gt=0)
     max_time_ratio: float = Field(gt=1)
+    max_time_ratio_cpu: float = Field(gt=1)
     rounding: float = Field(gt=0, lt=0.1)
 
 

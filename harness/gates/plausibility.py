@@ -45,7 +45,7 @@ def plausibility(
     warnings: list[str] = []
     faults += _rates(record, policy, details)
     if baseline is not None:
-        faults += _time_ratio(record, baseline, policy)
+        faults += _time_ratio(record, baseline, policy, hardware)
     device = HARDWARE.get(hardware or "")
     if device is not None:
         more_faults, more_warnings = _utilisation(record, device, policy, details)
@@ -168,12 +168,13 @@ def _has_varying_batches(record: RunRecord) -> bool:
     return record.has("global_batch_size") and len(set(record.values("global_batch_size"))) > 1
 
 
-def _time_ratio(record: RunRecord, baseline: Baseline, policy: Policy) -> list[str]:
+def _time_ratio(record: RunRecord, baseline: Baseline, policy: Policy, hardware: str | None) -> list[str]:
     if not record.has("step_time_ms") or not baseline.has("step_time_ms"):
         return []
     ours = float(np.nanmedian(record.values("step_time_ms")))
     theirs = float(np.median([frame["step_time_ms"].median() for frame in baseline.frames()]))
-    limit = policy.plausibility.max_time_ratio
+    limits = policy.plausibility
+    limit = limits.max_time_ratio_cpu if hardware == "cpu" else limits.max_time_ratio
     if ours > 0 and theirs > 0 and not 1.0 / limit <= ours / theirs <= limit:
         return [
             f"median step {ours:.4g} ms, baseline {theirs:.4g} ms: a factor of {ours / theirs:.3g}; a mistaken unit?"

@@ -207,18 +207,19 @@ def test_more_memory_than_there_is(make_record: MakeRecord, policy: Policy) -> N
 
 
 @pytest.mark.parametrize(
-    ("factor", "is_fault"), [(9.5, False), (10.5, True), (1 / 9.5, False), (1 / 10.5, True)]
-)
+    ("factor", "hardware", "is_fault"),
+    [(9.5, "h100", False), (10.5, "h100", True), (1 / 9.5, "h100", False), (1 / 10.5, "h100", True),
+     (95.0, "cpu", False), (105.0, "cpu", True), (1 / 105, "cpu", True)],
+)  # fmt: skip
 def test_time_that_is_off_by_a_unit(
-    factor: float, is_fault: bool, make_record: MakeRecord, baseline: Baseline, policy: Policy
+    factor: float, hardware: str, is_fault: bool, make_record: MakeRecord, baseline: Baseline, policy: Policy
 ) -> None:
     times = ("step_time_ms", "data_time_ms", "forward_backward_time_ms", "optimizer_time_ms")
-    record = make_record(
-        columns={name: make_record().values(name) * factor for name in times}, info={"ended_at": None}
-    )
-    faults = found(record, policy, "cpu", baseline)[0]
+    columns = {name: make_record().values(name) * factor for name in times}
+    record = make_record(columns=columns, info={"ended_at": None})
+    faults = found(record, policy, hardware, baseline)[0]
     assert bool(faults) == is_fault
     if is_fault:
         assert faults[0].startswith("median step ")
         assert faults[0].endswith("a mistaken unit?")
-    assert found(record, policy, "cpu")[0] == []
+    assert found(record, policy, hardware)[0] == []

@@ -162,7 +162,7 @@ def test_encrypted_zip_rejects_its_members(llava: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b'[{"id": "caf\xe9"}]', "not UTF-8"),
+        (b'[{"id": "\xff\xfe"}]', "not UTF-8"),
         (b'[{"id": 1}', "not JSON"),
         (b'{"id": 1}', "not a list of objects"),
         (b"[]", "not a list of objects"),
@@ -271,7 +271,7 @@ def test_inspect_names_what_an_indexed_dataset_hides(tmp_path: Path, capsys: Any
         tmp_path / "a.tar",
         {
             "good.json": payload(), "good.image0.jpg": WHOLE,
-            "latin.json": b'{"messages": "caf\xe9"}',
+            "latin.json": b'{"messages": "\xff\xfe"}',
             "cut.json": payload(), "cut.image0.jpg": IMAGES["cut.jpg"],
             "absent.json": payload(),
             "extra.json": payload(media=["image0.jpg", "image1.jpg"]), "extra.image0.jpg": WHOLE,
