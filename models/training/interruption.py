@@ -51,10 +51,11 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back while the block runs; they arrive after it.
+    """Hold SIGINT and SIGTERM back from what this thread starts while the block runs, and for good.
 
-    Processes that are started inside inherit the hold for good. Cluster schedulers signal every process of a job at
-    once: what writes a checkpoint in the background must not die of that while the ranks wait for it.
+    Cluster schedulers signal every process of a job at once: what writes a checkpoint in the background must not die
+    of that while the ranks wait for it. This process learns of the signal after the block, or at once where another
+    of its threads takes it; either way the handler only takes note.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

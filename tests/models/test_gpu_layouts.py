@@ -18,7 +18,7 @@ DP: dict[str, Any] = {"num_dp": 2}
 TWO = {"tp sp": TP, "pp 1+3": PP | {"num_layers_in_first_pipeline_stage": 1}, "cp": CP, "dp": DP}
 FOUR = {"tp pp": TP | PP, "tp cp": TP | CP, "pp dp": PP | DP, "tp dp": TP | DP}
 EXPERTS = {"ep": DP | {"expert_model_parallel_size": 2}}
-LOSS, GRADIENT = 1e-5, 1e-3  # worst measured on four H200: see the note of the run in reports
+LOSS, GRADIENT = 1e-5, 1e-3  # worst of the dense models, two and four H200: 9.3e-8, 3.9e-6
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
