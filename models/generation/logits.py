@@ -51,8 +51,10 @@ class LogitsRow:
 
 def fixed_batch(kinds: Sequence[str]) -> list[Sample]:
     """Always the same requests: one of each kind of drawn scene whose media are among `kinds`."""
-    chosen = [scene for scene, media in SCENES.items() if set(media) <= set(kinds)]
-    scenes = [scene_at(0, split="val", seed=1, mix={scene: 1.0}) for scene in chosen]
+    mixes: list[dict[SceneKind, float]] = [
+        {kind: 1.0} for kind, media in SCENES.items() if set(media) <= set(kinds)
+    ]
+    scenes = [scene_at(0, split="val", seed=1, mix=mix) for mix in mixes]
     samples = [parse_sample({"__key__": scene.kind, **scene.members()}) for scene in scenes]
     return [list(requests_of_sample(sample))[-1][0] for sample in samples]
 
