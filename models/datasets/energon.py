@@ -2,6 +2,8 @@
 """Our side of megatron-energon: a reader that survives damaged shards, and the task encoder."""
 
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.energon import (
@@ -39,6 +41,16 @@ class TolerantReader(ShardInfosITarReader):
                 "__sources__": (), "__unreadable__": f"{type(error).__name__}: {error}",
             }  # fmt: skip
         return sample
+
+    @contextmanager
+    def _open_itarfile(self, tar_file_id: int) -> Iterator[Any]:
+        """As the base class does, and forget what was read: tarfile keeps a record of every member for good."""
+        with super()._open_itarfile(tar_file_id) as opened:
+            tar_file: Any = opened
+            try:
+                yield tar_file
+            finally:
+                tar_file.members.clear()
 
 
 class ChatWebdataset(CrudeWebdataset):
