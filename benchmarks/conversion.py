@@ -4,11 +4,11 @@
     python -m benchmarks.conversion --folder /scratch --size qwen2_5_vl_3b
 
 Writes about four times the size of the checkpoint into `--folder` and removes it afterwards. Both directions run in a
-process of their own, whose peak memory is what the kernel says. The page cache is warm for everything: what is compared
-is work on the same bytes, not the disk's mood; `cp` runs before and after, and the faster one counts. Figures mean
-something on a machine that does nothing else: conversion writes, reads back and compares with two threads, `cp` copies
-with one. The published bridges cannot be timed beside it on a CPU: mcore-bridge 1.6.5 and megatron-bridge 0.6.2 import
-TransformerEngine before anything else.
+process of their own, whose peak memory is what the kernel says. Before each run what it reads lies in the page cache
+and nothing else of ours does, so that work on the same bytes is compared and not the disk's mood; `cp` runs before and
+after, and the faster one counts. Figures mean something on a machine that does nothing else: conversion writes, reads
+back and compares with two threads, `cp` copies with one. The published bridges cannot be timed beside it on a CPU:
+mcore-bridge 1.6.5 and megatron-bridge 0.6.2 import TransformerEngine before anything else.
 """
 
 import argparse
@@ -68,9 +68,21 @@ def make_checkpoint(folder: Path, size: str, num_layers: int | None) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def cache_only(kept: Path, root: Path) -> None:
+    """Write back everything, then leave the files under `kept` in the page cache and drop the others under `root`."""
+    os.sync()
+    for file in (path for path in root.rglob("*") if path.is_file()):
+        with file.open("rb", buffering=0) as stream:
+            if kept in file.parents:
+                while stream.read(2**24):
+                    pass
+            else:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def time_copy(source: Path, target: Path) -> tuple[float, float]:
     """Seconds that `cp -r` takes, and its processor time."""
-    os.sync()  # nobody pays for what was written before
+    cache_only(source, source.parent)
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["cp", "-r", "--reflink=never", str(source), str(target)], check=True)
     elapsed, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -78,11 +90,11 @@ def time_copy(source: Path, target: Path) -> tuple[float, float]:
     return elapsed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def run_conversion(*arguments: str) -> tuple[float, int, float]:
+def run_conversion(direction: str, source: Path, *arguments: str) -> tuple[float, int, float]:
     """Seconds, peak bytes of memory and processor time of one conversion in a process of its own."""
-    os.sync()
+    cache_only(source, source.parent)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CHILD, *arguments],
+        [sys.executable, "-W", "ignore", "-c", CHILD, direction, str(source), *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -111,10 +123,10 @@ def main() -> None:
         source = root / "hf"
         num_bytes = make_checkpoint(source, options.size, options.num_layers)
         copies = [time_copy(source, root / "copy") for _ in range(2)]
-        there = run_conversion("hf-to-megatron", str(source), str(root / "m"), "--workers", options.workers)
+        there = run_conversion("hf-to-megatron", source, str(root / "m"), "--workers", options.workers)
         back = run_conversion(
             "megatron-to-hf",
-            str(root / "m"),
+            root / "m",
             str(root / "back"),
             "--hf",
             str(source),

@@ -26,6 +26,7 @@ import torch
 from torch import distributed
 
 from benchmarks.mock_batch import MockShape, mock_batch
+from models.common.batch import Batch
 from models.contract.architecture import Architecture
 from models.contract.errors import HarnessError
 from models.contract.families import published_architecture
@@ -33,7 +34,7 @@ from models.contract.flops import megatron_flops, model_flops
 from models.contract.recipe import Recipe, parse_recipe
 from models.training.cpu import cpu_megatron
 from models.training.megatron_engine import MegatronEngine
-from models.training.parallel import read_launcher_environment, start_megatron, stop_distributed
+from models.training.parallel import Ranks, read_launcher_environment, start_megatron, stop_distributed
 
 
 def matmul_ceiling(size: int = 8192, repeats: int = 20) -> float:
@@ -192,6 +193,26 @@ def case_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def cut_layers(architecture: Architecture, num_layers: int | None) -> Architecture:
+    """The same model with only the first decoder layers; None and 0 leave it whole."""
+    if not num_layers:
+        return architecture
+    text = dataclasses.replace(architecture.text, num_layers=num_layers)
+    return dataclasses.replace(architecture, text=text)
+
+
+def make_batches(options: argparse.Namespace, architecture: Architecture, ranks: Ranks) -> list[Batch]:
+    """The micro-batches of one step on this data-parallel rank, as the command line describes them."""
+    shape = MockShape(
+        seq_length=options.seq_length, num_images=options.images, image_size=options.image_size,
+        num_samples=options.samples,
+    )  # fmt: skip
+    return [
+        mock_batch(architecture, shape, seed=ranks.dp_rank * 1000 + index, device="cpu")
+        for index in range(options.micro_batches)
+    ]
+
+
 def run_case(options: argparse.Namespace, ceiling: float) -> dict[str, Any] | None:
     """Build, time and take down one case; the row on rank 0, None elsewhere."""
     architecture = published_architecture(options.model)
@@ -201,23 +222,14 @@ def run_case(options: argparse.Namespace, ceiling: float) -> dict[str, Any] | No
             architecture.vision, num_layers=options.vision_layers, deepstack_visual_indexes=kept
         )
         architecture = dataclasses.replace(architecture, vision=vision)
-    if options.num_layers:
-        text = dataclasses.replace(architecture.text, num_layers=options.num_layers)
-        architecture = dataclasses.replace(architecture, text=text)
+    architecture = cut_layers(architecture, options.num_layers)
     launcher = read_launcher_environment()
     recipe = make_recipe(options, launcher.world_size, architecture.family)
     ranks = start_megatron(recipe, launcher, timeout_s=300)
     try:
         engine = MegatronEngine(recipe, architecture, ranks, ())
         engine.prepare()
-        shape = MockShape(
-            seq_length=options.seq_length, num_images=options.images, image_size=options.image_size,
-            num_samples=options.samples,
-        )  # fmt: skip
-        batches = [
-            mock_batch(architecture, shape, seed=ranks.dp_rank * 1000 + index, device="cpu")
-            for index in range(options.micro_batches)
-        ]
+        batches = make_batches(options, architecture, ranks)
         times = time_steps(engine, batches, options)
         if options.profile and ranks.rank == 0:
             profile_step(engine, batches, options)

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from benchmarks.gpu_step import case_parser, make_recipe, one_step, synchronize
-from benchmarks.mock_batch import MockShape, mock_batch
+from benchmarks.gpu_step import case_parser, cut_layers, make_batches, make_recipe, one_step, synchronize
 from models.contract.families import published_architecture
 from models.contract.memory import GIB, estimate_memory
 from models.training.megatron_engine import MegatronEngine
@@ -51,10 +50,7 @@ def num_processes(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     """Plan one case and take three steps of it; the row on rank 0, None elsewhere."""
-    architecture = published_architecture(options.model)
-    if options.num_layers:
-        text = dataclasses.replace(architecture.text, num_layers=options.num_layers)
-        architecture = dataclasses.replace(architecture, text=text)
+    architecture = cut_layers(published_architecture(options.model), options.num_layers)
     launcher = read_launcher_environment()
     recipe = make_recipe(options, launcher.world_size, architecture.family)
     plan = estimate_memory(recipe, architecture)
@@ -64,14 +60,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
         marks = {"weights": torch.cuda.memory_allocated()}
         engine.prepare()
         marks["prepared"] = torch.cuda.memory_allocated()
-        shape = MockShape(
-            seq_length=options.seq_length, num_images=options.images, image_size=options.image_size,
-            num_samples=options.samples,
-        )  # fmt: skip
-        batches = [
-            mock_batch(architecture, shape, seed=ranks.dp_rank * 1000 + index, device="cpu")
-            for index in range(options.micro_batches)
-        ]
+        batches = make_batches(options, architecture, ranks)
         for _ in range(3):
             one_step(engine, batches, options)
         synchronize()

@@ -54,8 +54,6 @@ class SessionOptions:
     window: tuple[int, int] | None = None
     """Iterations of the end-window test; None takes the policy's."""
     time_budget_s: float | None = None
-    num_threads: int | None = None
-    """Threads of each process of a CPU case; None shares the cores out among the processes."""
     cluster: Cluster = ONE_NODE
     """The nodes of every launch, seen from this one."""
     from_logs: Path | None = None
@@ -122,7 +120,7 @@ def run_case(
     run_dir = run_directory(case, options, number)
     watch = watch or Watch(time_budget_s=options.time_budget_s)
     launched = launch_case(
-        case, run_dir, site_file=options.site_file, num_threads=_threads(case, options), watch=watch,
+        case, run_dir, site_file=options.site_file, num_threads=_threads(case), watch=watch,
         cluster=options.cluster,
     )  # fmt: skip
     if options.cluster.node_rank > 0:  # the first node judges
@@ -269,12 +267,12 @@ def _case_facts(case: Case | None, gate_mode: GateMode) -> dict[str, Any]:
     }
 
 
-def _threads(case: Case, options: SessionOptions) -> int | None:
+def _threads(case: Case) -> int | None:
     if case.hardware != "cpu":
         return None
     # A tiny model gains nothing from a second thread, and another number of threads adds in another order: that is
     # enough to part two curves after a hundred iterations.
-    return options.num_threads or 1
+    return 1
 
 
 def _baseline_summary(baseline: Baseline) -> dict[str, Any]:

@@ -213,10 +213,10 @@ def packed_attention(
 
     Returns: [t, n, d].
     """
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        is_batched = segments.restore is None and segments.max_seqlen_q >= MIN_BATCHED_LENGTH
-        if not is_batched:
-            return _varlen(query, key, value, segments, is_causal=is_causal, scale=scale)
+    has_varlen_kernel = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    is_one_batch = segments.restore is None and segments.max_seqlen_q >= MIN_BATCHED_LENGTH
+    if has_varlen_kernel and not is_one_batch:
+        return _varlen(query, key, value, segments, is_causal=is_causal, scale=scale)
     outs = []
     for length, rows in segments.groups:
         picked = (query, key, value) if rows is None else (t[rows] for t in (query, key, value))

@@ -113,11 +113,14 @@ def _vision_activation(vision: VisionArchitecture, settings: ModelSettings) -> d
 
     Its fused `F.gelu` is the tanh approximation, so it stands for `gelu_pytorch_tanh` and not for `gelu`.
     """
-    function = activation(vision.hidden_act, where="vision_config: hidden_act")
-    fused = {"silu": (F.silu, True), "gelu_pytorch_tanh": (F.gelu, False)}.get(vision.hidden_act)
-    if settings.device == "cuda" and fused is not None and fused[1] is vision.gated_linear_unit:
-        return {"activation_func": fused[0], "bias_activation_fusion": True}
-    return {"activation_func": function, "bias_activation_fusion": False}
+    fused = {("silu", True): F.silu, ("gelu_pytorch_tanh", False): F.gelu}
+    kind = (vision.hidden_act, vision.gated_linear_unit)
+    if settings.device == "cuda" and kind in fused:
+        return {"activation_func": fused[kind], "bias_activation_fusion": True}
+    return {
+        "activation_func": activation(vision.hidden_act, where="vision_config: hidden_act"),
+        "bias_activation_fusion": False,
+    }
 
 
 def _common(settings: ModelSettings) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,10 +75,9 @@ TieWeight = Annotated[bool, typer.Option("--tie-weight", help="store a tied outp
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
 
 
-@app.command()
-def hf_to_megatron(
-    source: Annotated[Path, typer.Argument(help="HF checkpoint folder")],
-    target: Annotated[Path, typer.Argument(help="folder to make")],
+def run_conversion(
+    convert: Callable[[Options], Summary],
+    *,
     dtype: Dtype = "source",
     expert_layout: Experts = None,
     finite: Finite = False,
@@ -85,102 +86,111 @@ def hf_to_megatron(
     restart: Restart = False,
     dry_run: DryRun = False,
 ) -> None:
+    """Convert with a progress bar and say what was done. Its keywords are options of every conversion."""
+    with byte_progress("converting") as (start, advance):
+        options = Options(
+            dtype=DTYPES[dtype], experts=expert_layout, finite=finite, workers=workers, share=parse_share(share),
+            restart=restart, dry_run=dry_run, on_start=start, advance=advance,
+        )  # fmt: skip
+        summary = convert(options)
+    for line in summary_lines(summary, dry_run=dry_run):
+        typer.echo(line)
+
+
+def conversion(function: Callable[..., Summary]) -> Callable[..., None]:
+    """Register a command that takes its own arguments and, for its last one, the options of every conversion."""
+    own = [arg for arg in signature(function).parameters.values() if arg.name != "options"]
+    shared = list(signature(run_conversion).parameters.values())[1:]
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        mine = {arg.name: values.pop(arg.name) for arg in own}
+        run_conversion(lambda options: function(**mine, options=options), **values)
+
+    arguments = [arg.replace(kind=Parameter.KEYWORD_ONLY) for arg in (*own, *shared)]
+    command.__signature__ = Signature(arguments)  # type: ignore[attr-defined] - typer reads both
+    command.__annotations__ = {arg.name: arg.annotation for arg in arguments}
+    return app.command()(command)
+
+
+@conversion
+def hf_to_megatron(
+    source: Annotated[Path, typer.Argument(help="HF checkpoint folder")],
+    target: Annotated[Path, typer.Argument(help="folder to make")],
+    *,
+    options: Options,
+) -> Summary:
     """Convert a HF folder to Megatron's torch_dist, loadable at any TP/PP/EP layout.
 
     Example: convert hf-to-megatron checkpoints/Qwen3-VL-8B checkpoints/Qwen3-VL-8B-megatron --dtype bf16
     """
-    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
-    _run(lambda options: conversions.hf_to_megatron(source, target, options), *flags)
+    return conversions.hf_to_megatron(source, target, options)
 
 
-@app.command()
+@conversion
 def megatron_to_hf(
     source: Annotated[
         Path, typer.Argument(help="torch_dist checkpoint: an iteration's folder, its parent, or a run")
     ],
     target: Annotated[Path, typer.Argument(help="folder to make")],
     hf: Template,
-    dtype: Dtype = "source",
-    expert_layout: Experts = None,
-    finite: Finite = False,
-    workers: Workers = WORKERS,
-    share: Share = "0/1",
-    restart: Restart = False,
-    dry_run: DryRun = False,
-) -> None:
+    *,
+    options: Options,
+) -> Summary:
     """Convert a torch_dist checkpoint to a HF folder with the names, shards and files of another one.
 
     Example: convert megatron-to-hf runs/8b/checkpoints/iter_0000500 out/8b-tuned --hf checkpoints/Qwen3-VL-8B
     """
-    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
-    _run(lambda options: conversions.megatron_to_hf(source, target, hf, options), *flags)
+    return conversions.megatron_to_hf(source, target, hf, options)
 
 
-@app.command()
+@conversion
 def hf_to_dcp(
     source: Annotated[Path, typer.Argument(help="HF checkpoint folder")],
     target: Annotated[Path, typer.Argument(help="folder to make")],
     style: DcpStyle = "2025",
     tie_weight: TieWeight = False,
-    dtype: Dtype = "source",
-    expert_layout: Experts = None,
-    finite: Finite = False,
-    workers: Workers = WORKERS,
-    share: Share = "0/1",
-    restart: Restart = False,
-    dry_run: DryRun = False,
-) -> None:
+    *,
+    options: Options,
+) -> Summary:
     """Convert a HF folder to MindSpeed-MM's DCP.
 
     Example: convert hf-to-dcp checkpoints/Qwen3-VL-8B checkpoints/Qwen3-VL-8B-dcp --style 2026
     """
-    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
-    _run(lambda options: dcp.hf_to_dcp(source, target, options, style=style, tie_weight=tie_weight), *flags)
+    return dcp.hf_to_dcp(source, target, options, style=style, tie_weight=tie_weight)
 
 
-@app.command()
+@conversion
 def dcp_to_hf(
     source: DcpSource,
     target: Annotated[Path, typer.Argument(help="folder to make")],
     hf: Template,
-    dtype: Dtype = "source",
-    expert_layout: Experts = None,
-    finite: Finite = False,
-    workers: Workers = WORKERS,
-    share: Share = "0/1",
-    restart: Restart = False,
-    dry_run: DryRun = False,
-) -> None:
+    *,
+    options: Options,
+) -> Summary:
     """Convert MindSpeed-MM's DCP to a HF folder with the names, shards and files of another one.
 
     Example: convert dcp-to-hf save/dir out/8b-tuned --hf checkpoints/Qwen3-VL-8B
     """
-    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
-    _run(lambda options: dcp.dcp_to_hf(source, target, hf, options), *flags)
+    return dcp.dcp_to_hf(source, target, hf, options)
 
 
-@app.command()
+@conversion
 def dcp_to_megatron(
     source: DcpSource,
     target: Annotated[Path, typer.Argument(help="folder to make")],
     hf: Template,
-    dtype: Dtype = "source",
-    expert_layout: Experts = None,
-    finite: Finite = False,
-    workers: Workers = WORKERS,
-    share: Share = "0/1",
-    restart: Restart = False,
-    dry_run: DryRun = False,
-) -> None:
+    *,
+    options: Options,
+) -> Summary:
     """Convert MindSpeed-MM's DCP to Megatron's torch_dist.
 
     Example: convert dcp-to-megatron save/dir checkpoints/8b-megatron --hf checkpoints/Qwen3-VL-8B
     """
-    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
-    _run(lambda options: dcp.dcp_to_megatron(source, target, hf, options), *flags)
+    return dcp.dcp_to_megatron(source, target, hf, options)
 
 
-@app.command()
+@conversion
 def megatron_to_dcp(
     source: Annotated[
         Path, typer.Argument(help="torch_dist checkpoint: an iteration's folder, its parent, or a run")
@@ -189,23 +199,14 @@ def megatron_to_dcp(
     hf: Template,
     style: DcpStyle = "2025",
     tie_weight: TieWeight = False,
-    dtype: Dtype = "source",
-    expert_layout: Experts = None,
-    finite: Finite = False,
-    workers: Workers = WORKERS,
-    share: Share = "0/1",
-    restart: Restart = False,
-    dry_run: DryRun = False,
-) -> None:
+    *,
+    options: Options,
+) -> Summary:
     """Convert Megatron's torch_dist to MindSpeed-MM's DCP.
 
     Example: convert megatron-to-dcp runs/8b out/8b-dcp --hf checkpoints/Qwen3-VL-8B
     """
-    flags = (dtype, expert_layout, finite, workers, share, restart, dry_run)
-    _run(
-        lambda options: dcp.megatron_to_dcp(source, target, hf, options, style=style, tie_weight=tie_weight),
-        *flags,
-    )
+    return dcp.megatron_to_dcp(source, target, hf, options, style=style, tie_weight=tie_weight)
 
 
 @app.command()
@@ -305,26 +306,6 @@ def logits_line(row: dict[str, Any]) -> str:
         f"{row['rms_error']:.1e}{beside}, limit {row['limit']:.1e}, same token at {row['same_token']:.1%} of "
         f"{row['num_real_tokens']} positions"
     )
-
-
-def _run(
-    convert: Callable[[Options], Summary],
-    dtype: DtypeName,
-    experts: ExpertLayout | None,
-    finite: bool,
-    workers: int,
-    share: str,
-    restart: bool,
-    dry_run: bool,
-) -> None:
-    with byte_progress("converting") as (start, advance):
-        options = Options(
-            dtype=DTYPES[dtype], experts=experts, finite=finite, workers=workers, share=parse_share(share),
-            restart=restart, dry_run=dry_run, on_start=start, advance=advance,
-        )  # fmt: skip
-        summary = convert(options)
-    for line in summary_lines(summary, dry_run=dry_run):
-        typer.echo(line)
 
 
 def summary_lines(summary: Summary, *, dry_run: bool) -> list[str]:

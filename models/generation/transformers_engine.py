@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 from transformers.video_utils import VideoMetadata
 
+from models.common.partial_models import partial_model
 from models.common.processing import DEFAULT_VIDEO_FPS, DecodedVideo
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
@@ -35,10 +36,6 @@ logger = logging.getLogger(__name__)
 OnToken = Callable[[Sequence[int]], None]
 """Called with the next token of every row of the batch, in order."""
 
-PARTIAL_MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "qwen3_omni_moe": ({"enable_audio_output": False}, "thinker"),
-}
-"""Model types of which only a part writes text: config changes before loading, and the name of that part."""
 LEFT_PADDED = ("input_ids", "attention_mask", "mm_token_type_ids")
 FRAME_PADDED = ("input_features", "feature_attention_mask")
 
@@ -70,12 +67,11 @@ def load_transformers_engine(
         ConfigError: unknown architecture, or weights that transformers cannot load.
     """
     architecture = load_architecture(folder)
-    changes, part = PARTIAL_MODELS.get(architecture.hf_model_type, ({}, ""))
+    partial = partial_model(architecture)
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        for name, value in changes.items():
-            setattr(config, name, value)
+        config.update(partial.changes)
         model = AutoModelForMultimodalLM.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
         )
@@ -86,7 +82,7 @@ def load_transformers_engine(
             got=str(error).strip().splitlines()[0][:300],
             fix="check it with `qwen-harness convert verify`, or copy it again",
         ) from None
-    model = (getattr(model, part) if part else model).to(device).eval()
+    model = model.get_submodule(partial.part).to(device).eval()
     ends = end_tokens(folder, processor)
     model.generation_config = GenerationConfig(eos_token_id=list(ends), pad_token_id=pad_token(processor))
     return TransformersEngine(

@@ -11,16 +11,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoConfig, AutoModelForMultimodalLM
 from transformers.utils.logging import disable_progress_bar
 
+from models.common.partial_models import partial_model
 from models.common.settings import DTYPES
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe
 from models.training.parallel import Ranks
-
-PARTIAL_MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "qwen3_omni_moe": ({"enable_audio_output": False}, "thinker"),
-}
-"""Model types of which only a part trains: config changes before it is built, and the name of that part."""
 
 
 def build_sharded(recipe: Recipe, architecture: Architecture, folder: Path, ranks: Ranks) -> nn.Module:
@@ -58,8 +54,7 @@ def build_sharded(recipe: Recipe, architecture: Architecture, folder: Path, rank
 def _config(recipe: Recipe, architecture: Architecture, folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.tie_word_embeddings = architecture.text.tie_word_embeddings
-    for name, value in PARTIAL_MODELS.get(architecture.hf_model_type, ({}, ""))[0].items():
-        setattr(config, name, value)
+    config.update(partial_model(architecture).changes)
     if recipe.model.num_layers is not None:
         config.get_text_config().num_hidden_layers = recipe.model.num_layers
     return config
@@ -89,8 +84,7 @@ def _build(recipe: Recipe, architecture: Architecture, config: Any, folder: Path
                 got=str(error).strip().splitlines()[0][:300],
                 fix="check it with `qwen-harness convert verify`, or copy it again",
             ) from None
-    part = PARTIAL_MODELS.get(architecture.hf_model_type, ({}, ""))[1]
-    return model.get_submodule(part) if part else model
+    return model.get_submodule(partial_model(architecture).part)
 
 
 def shard(model: nn.Module, recipe: Recipe) -> None:
