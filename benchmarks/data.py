@@ -30,10 +30,11 @@ from PIL import Image
 
 from models.contract.families import detect_family, load_architecture, read_hf_config
 from models.contract.recipe import Recipe, parse_recipe
+from models.datasets.collate import make_collate
 from models.datasets.encoder import SampleEncoder, make_encoder
 from models.datasets.energon import ChatTaskEncoder, open_dataset, worker_config
 from models.datasets.ledger import SkipLedger
-from models.datasets.loader import BatchLoader, make_collate
+from models.datasets.loader import BatchLoader
 from models.datasets.packing import packing_buffer_size, plan_packs
 from models.datasets.prepare.job import write_dataset
 from models.datasets.prepare.llava import ConvertLlava

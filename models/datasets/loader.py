@@ -15,20 +15,19 @@ sees another order.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, Self
 
 from models.common.batch import Batch
-from models.common.batching import build_batch
 from models.common.sequences import EncodedSample
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError, DataError
-from models.contract.layout import sequence_multiple
 from models.contract.recipe import Recipe
 from models.contract.site import Site
-from models.datasets.encoder import Rejection, SampleEncoder, make_encoder
+from models.datasets.collate import Collate, make_collate
+from models.datasets.encoder import Rejection, make_encoder
 from models.datasets.energon import open_dataset, worker_config
 from models.datasets.ledger import SkipLedger
+from models.datasets.packing import Pack
 from models.datasets.shards import dataset_counts
 from models.datasets.streams import FixedOrder, Streams, dataset_stamp, open_streams
 
@@ -44,7 +43,7 @@ class BatchLoader:
     def __init__(
         self,
         source: Streams | FixedOrder,
-        collate: Callable[[list[EncodedSample]], Batch],
+        collate: Collate,
         *,
         samples_per_batch: int,
         ledger: SkipLedger,
@@ -63,22 +62,16 @@ class BatchLoader:
             if isinstance(outcome, Rejection):
                 self._ledger.reject(outcome)
                 continue
-            if isinstance(outcome, list):  # a pack, whole
-                pack = self._usable(outcome)
-                if pack:
-                    return self._collate(pack)
+            if isinstance(outcome, Pack):
+                self._ledger.accept(outcome.num_samples)
+                for rejection in outcome.rejections:
+                    self._ledger.reject(rejection)
+                if outcome.batch is not None:
+                    return outcome.batch
                 continue
             self._ledger.accept()
             samples.append(outcome)
         return self._collate(samples)
-
-    def _usable(self, outcomes: list[EncodedSample | Rejection]) -> list[EncodedSample]:
-        for outcome in outcomes:
-            if isinstance(outcome, Rejection):
-                self._ledger.reject(outcome)
-            else:
-                self._ledger.accept()
-        return [outcome for outcome in outcomes if isinstance(outcome, EncodedSample)]
 
     @property
     def skipped(self) -> list[dict[str, str]]:
@@ -168,32 +161,8 @@ def build_loader(
         source = FixedOrder(reader, encoder, first=data_parallel_rank, step=data_parallel_size)
     return BatchLoader(
         source,
-        make_collate(recipe, encoder, packing=packing),
+        make_collate(recipe, encoder, packing=False),
         samples_per_batch=recipe.train.micro_batch_size,
         ledger=ledger,
         layout=layout,
     )
-
-
-def make_collate(
-    recipe: Recipe, encoder: SampleEncoder, *, packing: bool
-) -> Callable[[list[EncodedSample]], Batch]:
-    """How samples become a batch under a recipe: padded length, packing, and what the layout needs to divide."""
-    parallel = recipe.parallel
-    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-    multiple = sequence_multiple(recipe)
-    length = recipe.data.seq_length if recipe.data.padding == "max_length" else None
-    if length is not None and length % multiple:
-        raise ConfigError(
-            "seq_length does not divide over the layout", where="[data] seq_length",
-            expected=f"a multiple of {multiple}", got=str(length),
-        )  # fmt: skip
-
-    def collate(samples: list[EncodedSample]) -> Batch:
-        return build_batch(
-            samples, pad_token=encoder.pad_token, seq_length=length, packing=packing,
-            multiple_of=multiple * (16 if recipe.precision.fp8 else 1),
-            sequence_multiple_of=context if packing else 1,
-        )  # fmt: skip
-
-    return collate

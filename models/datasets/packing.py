@@ -1,24 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequence packing on energon's task encoder.
 
-    raw samples ─▶ measure ─▶ buffer ─▶ plan packs ─▶ decode and process ─▶ pack
+    raw samples ─▶ measure ─▶ buffer ─▶ plan packs ─▶ decode and process ─▶ batch
                    text and image headers only        only what is packed now
 
-The buffer holds samples as they lie in the shard, so it is small; lengths are exact before a pixel is decoded.
+The buffer holds samples as they lie in the shard, so it is small; lengths are exact before a pixel is decoded. A pack
+becomes a batch where it is made: a worker process hands over a few large tensors instead of hundreds of small ones.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.energon import Cooker, TaskEncoder, stateless
 
+from models.common.batch import Batch
 from models.contract.recipe import DataSection, Recipe
+from models.datasets.collate import make_collate
 from models.datasets.encoder import Rejection, SampleEncoder
 from models.datasets.energon import cook
 
 MIN_BUFFER, MAX_BUFFER = 256, 2048
 """Samples that wait to be packed, for one stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """What became of the samples of one pack."""
+
+    batch: Batch | None
+    """None when none of them could be used."""
+    num_samples: int
+    """Samples in `batch`."""
+    rejections: tuple[Rejection, ...]
 
 
 def packing_buffer_size(data: DataSection) -> int:
@@ -63,7 +78,7 @@ def plan_packs(
 
 
 class PackingTaskEncoder(TaskEncoder):
-    """Raw members to packs: ``{"encoded": [EncodedSample | Rejection, …]}``."""
+    """Raw members to packs: ``{"encoded": Pack}``."""
 
     decoder = None
     cookers = (Cooker(cook),)  # pyright: ignore[reportArgumentType] - crude members, not a Sample
@@ -71,6 +86,7 @@ class PackingTaskEncoder(TaskEncoder):
     def __init__(self, encoder: SampleEncoder, recipe: Recipe) -> None:
         super().__init__()
         self.encoder = encoder
+        self.collate = make_collate(recipe, encoder, packing=True)
         self.capacity = recipe.data.seq_length
         self.vision_budget = recipe.data.vision_tokens_per_pack
         parallel = recipe.parallel.context_parallel_size
@@ -110,8 +126,15 @@ class PackingTaskEncoder(TaskEncoder):
 
     @stateless
     def pack_selected_samples(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """One pack. The family lays it out, in the main process."""
+        """Lay the samples of one pack out in a row."""
+        outcomes = [sample["encoded"] for sample in samples]
+        usable = [outcome for outcome in outcomes if not isinstance(outcome, Rejection)]
+        pack = Pack(
+            batch=self.collate(usable) if usable else None, num_samples=len(usable),
+            rejections=tuple(outcome for outcome in outcomes if isinstance(outcome, Rejection)),
+        )  # fmt: skip
         return {
-            "__key__": ",".join(sample["__key__"] for sample in samples), "__restore_key__": (),
-            "encoded": [sample["encoded"] for sample in samples],
-        }  # fmt: skip
+            "__key__": ",".join(sample["__key__"] for sample in samples),
+            "__restore_key__": (),
+            "encoded": pack,
+        }

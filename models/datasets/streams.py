@@ -14,7 +14,7 @@ from models.contract.recipe import Recipe
 from models.datasets.encoder import Rejection, SampleEncoder
 from models.datasets.energon import ChatTaskEncoder, open_stream, worker_config
 from models.datasets.loader_state import decode_state, encode_state
-from models.datasets.packing import PackingTaskEncoder, packing_buffer_size
+from models.datasets.packing import Pack, PackingTaskEncoder, packing_buffer_size
 
 MAX_STREAMS = 16
 """Streams in one process: each keeps a few files open."""
@@ -28,7 +28,7 @@ class Streams:
         self._iterators: list[Iterator[Any]] | None = None
         self._turn = 0
 
-    def next_sample(self) -> EncodedSample | Rejection | list[EncodedSample | Rejection]:
+    def next_sample(self) -> EncodedSample | Rejection | Pack:
         """Next outcome of the stream whose turn it is; then it is the next one's, as it is among worker processes."""
         if self._iterators is None:
             self._iterators = [iter(loader) for loader in self._loaders]

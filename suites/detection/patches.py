@@ -139,8 +139,8 @@ def qk_norm_off() -> None:
 @patch
 def merge_order() -> None:
     merge = multimodal.merge_tokens
-    multimodal.merge_tokens = lambda embeddings, tokens, positions, *, kind: merge(
-        embeddings, tokens.flip(0), positions, kind=kind
+    multimodal.merge_tokens = lambda embeddings, tokens, positions, **names: merge(
+        embeddings, tokens.flip(0), positions, **names
     )
 
 
