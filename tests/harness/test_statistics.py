@@ -3,6 +3,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -37,6 +38,53 @@ def test_block_length_agrees_with_arch(n: int, phi: float) -> None:
     assert np.median(ours / theirs) == pytest.approx(1.0, abs=0.03)
     # measured: 72% of series for n = 50 and phi = 0.7, 92% and more elsewhere
     assert np.isclose(ours, theirs, rtol=0.05).mean() > 0.7
+
+
+@pytest.mark.parametrize(
+    ("n", "phi", "length"),
+    [
+        (8, 0.0, 1.0),
+        (9, 0.5, 1.21173253565),
+        (20, 0.0, 4.52133895388),
+        (50, 0.5, 3.88596267576),
+        (50, 0.99, 9.18504767092),
+        (150, 0.3, 2.88165776313),
+        (200, 0.99, 20.9934215357),
+        (450, 0.7, 10.3526943635),
+        (450, -0.6, 14.1926815589),
+        (1200, 0.9, 27.010317657),
+    ],
+)
+def test_block_length_is_pinned(n: int, phi: float, length: float) -> None:
+    # Held near arch above; here to the digit, the caps for short and for strongly dependent series included.
+    values = autoregressive(n, phi, seed=11)
+    assert statistics.optimal_block_length(values) == pytest.approx(length, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("correlations", "lag"),
+    [
+        ([0.1, 0.1, 0.1], 1),
+        ([0.9, 0.1, 0.1, 0.1], 2),
+        ([0.9, 0.1, 0.9, 0.1, 0.1, 0.1], 4),
+        ([0.1, 0.1, 0.9, 0.1, 0.1], 4),  # no quiet run of three: one more than the last significant
+        ([0.9, 0.1, 0.1, 0.9], 5),
+        ([0.5, 0.1, 0.1, 0.1], 2),  # at the threshold counts as significant
+        ([0.9, 0.9], 3),
+    ],
+)
+def test_first_quiet_lag(correlations: list[float], lag: int) -> None:
+    assert statistics._first_quiet_lag(np.array(correlations), 0.5, 3) == lag
+
+
+@pytest.mark.parametrize("find", [statistics.series_mean, statistics.series_median])
+def test_freedom_is_the_number_of_blocks(find: Callable[..., statistics.Estimate]) -> None:
+    for n, phi in ((300, 0.8), (40, 0.0)):
+        values = autoregressive(n, phi, seed=2)
+        blocks = n / statistics.optimal_block_length(values)
+        assert find(values, num_resamples=50, seed=1).df == pytest.approx(blocks - 1.0)
+    assert find(np.array([1.0, 1.5]), num_resamples=50, seed=1).df == 1.0  # never less than one
+    assert find(np.array([1.0]), num_resamples=50, seed=1).df == 1.0
 
 
 def test_block_length_grows_with_dependence() -> None:
@@ -151,6 +199,7 @@ def test_run_sd_leaves_out_what_noise_within_runs_explains() -> None:
     assert statistics.run_sd(means, 0.03) == pytest.approx(0.1)
     assert statistics.run_sd(means, 0.05) == 0.0
     assert statistics.run_sd(means[:1]) == 0.0
+    assert statistics.run_sd(means[:2]) == pytest.approx(0.2 / math.sqrt(2))
 
 
 def test_detrend_leaves_no_line() -> None:
@@ -161,6 +210,7 @@ def test_detrend_leaves_no_line() -> None:
     assert left == pytest.approx(statistics.detrend(values))
     assert np.polyfit(np.arange(40), left, 1) == pytest.approx([0.0, 0.0], abs=1e-12)
     assert statistics.detrend(np.array([1.0, 3.0])) == pytest.approx([-1.0, 1.0])
+    assert statistics.detrend(np.array([1.0, 3.0, 5.0])) == pytest.approx([0.0, 0.0, 0.0])
 
 
 def test_literal_rule_fails_half_of_noisy_and_no_quiet_runs() -> None:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from harness.cli import main
-from harness.gates.window import parse_window, rows_of_window
+from harness.gates.window import parse_window, rows_of_window, window_text
 from harness.grading import compare
 from harness.policy import load_policy
 from harness.records import load_record
@@ -25,8 +25,18 @@ def test_window_is_read(text: str, window: tuple[int, int]) -> None:
     "text", ["", "0", "9", "-50", "500:451", "451:459", "0:50", "451-500", "a:b", "451:", "5e1"]
 )
 def test_window_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="not a window"):
+    with pytest.raises(ConfigError) as refused:
         parse_window(text)
+    assert (refused.value.what, refused.value.got) == ("not a window", text)
+    assert refused.value.expected == "FIRST:LAST or a length, at least 10 iterations"
+    assert refused.value.fix == "for example 451:500, or 50"
+
+
+def test_window_is_said_as_it_was_asked_for() -> None:
+    assert window_text(None) == "at the end"
+    assert window_text((451, 500)) == "451:500"
+    assert window_text((-50, -1)) == "of its last 50 iterations"
+    assert window_text((0, 10)) == "0:10"
 
 
 def test_rows_need_both_ends() -> None:
