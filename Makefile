@@ -3,7 +3,7 @@
 # make test    format, lint, types, import layers, tests
 # make slow    the wider test matrix that `make test` leaves out
 # make detection   plant every fault, grade healthy runs: reports/detection.json (half an hour; stopped, it goes on)
-# make mutation    how many mutants of the gates and the statistics the tests kill (an hour)
+# make mutation    how many mutants of the gates and the statistics the tests kill (an hour; SAMPLE=500: five minutes)
 # make benchmark   how long judging takes, against its limits
 # make lock    write requirements.lock from the installed environment
 
@@ -51,8 +51,7 @@ detection: setup
 	$(PYTHON) -m suites.detection.run --jobs 2
 
 mutation: setup
-	.venv/bin/mutmut run
-	.venv/bin/mutmut export-cicd-stats && cat mutants/mutmut-cicd-stats.json
+	@SAMPLE=$(SAMPLE) SEED=$(SEED) sh scripts/mutation.sh
 
 benchmark: setup
 	$(PYTHON) -m benchmarks.judge

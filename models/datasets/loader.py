@@ -73,6 +73,10 @@ class BatchLoader:
             samples.append(outcome)
         return self._collate(samples)
 
+    def close(self) -> None:
+        """End the worker processes. They hold copies of this process's sockets: NCCL's shutdown waits for those."""
+        self._source.close()
+
     @property
     def skipped(self) -> list[dict[str, str]]:
         """Samples that could not be used, each once: file, key, reason, detail."""

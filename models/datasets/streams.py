@@ -2,6 +2,7 @@
 """Where a rank's samples come from: energon streams asked in turn, or a split in its fixed order."""
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,20 @@ class Streams:
         except FatalSampleError as error:
             raise DataError("the dataset cannot be read", where=self._folder, got=str(error)[:500]) from error
 
+    def close(self) -> None:
+        """End the worker processes. Reading again would start others, from the beginning."""
+        self._iterators = None
+        for loader in self._loaders:
+            # Torch ends its workers when this iterator is collected. Energon freezes the garbage collector, which then
+            # finds no cycles, so the last reference is dropped by hand.
+            loader._epoch_iterator = None
+            loader._iterator = None
+
     def state(self) -> Any:
         """Plain JSON."""
         return {
             "turn": self._turn,
-            "loaders": [encode_state(loader.save_state_rank()) for loader in self._loaders],
+            "loaders": [encode_state(_saved(loader)) for loader in self._loaders],
         }
 
     def restore(self, state: Any) -> None:
@@ -63,6 +73,18 @@ class Streams:
             loader.restore_state_rank(decode_state(saved))
 
 
+def _saved(loader: Any) -> Any:
+    """State of an energon loader, once every worker has one.
+
+    A worker that is asked before it took its first checkpoint answers with an empty one that is a sample off.
+    """
+    while True:
+        saved = loader.save_state_rank()
+        if saved is None or not loader.num_workers or all(worker.state for worker in saved.worker_states):
+            return saved
+        time.sleep(0.02)
+
+
 class FixedOrder:
     """One pass over a split in the order of its shards: every `step`-th sample from `first` on."""
 
@@ -76,6 +98,9 @@ class FixedOrder:
         members = self._reader[self._next]
         self._next += self._step
         return self._encoder(members)
+
+    def close(self) -> None:
+        """Nothing is held open between two samples."""
 
     def state(self) -> Any:
         """Plain JSON."""

@@ -7,7 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def train(recipe: Recipe, site: Site, directory: Path, options: TrainOptions) ->
             try:
                 start_engine = functools.partial(engine_module.start_engine, patches=patches)
                 run = start_run(recipe, site, directory, options, launcher, start_engine)
-                run_to_end(run, info, stop, watchdog)
+                with closing(run.loader):
+                    run_to_end(run, info, stop, watchdog)
             finally:
                 stop_distributed()
     return "completed" if run.progress.iteration == recipe.train.train_iters else "interrupted"

@@ -2,7 +2,11 @@
 import io
 import itertools
 import json
+import multiprocessing
 import tarfile
+import threading
+import time
+import types
 
 import pytest
 import torch
@@ -116,9 +120,65 @@ def test_workers_give_the_order_of_streams_and_restore(make):
     assert first == keys(make(num_workers=0, gbs=2, mbs=1), 9)
     state = json.loads(json.dumps(loader.state_dict()))
     expected = keys(loader, 9)
+    loader.close()
     other = make(num_workers=2, gbs=2, mbs=1)
     other.load_state_dict(state)
     assert keys(other, 9) == expected
+    other.close()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("packing", [False, True])
+def test_close_ends_the_workers(make, packing):
+    """A worker that lives on holds a copy of NCCL's sockets, and taking the process group down waits a minute."""
+    before = set(multiprocessing.active_children())
+    loader = make(num_workers=2, packing=packing, gbs=2, mbs=1)
+    keys(loader, 3)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    loader.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+class LockThatIsTakenLate:
+    """A worker's lock: its main thread takes it late, except in worker 0, so that commands come first."""
+
+    def __init__(self) -> None:
+        self._lock = RLOCK()
+
+    def acquire(self) -> bool:
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and worker.id and threading.current_thread() is threading.main_thread():
+            time.sleep(0.3)
+        return self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+RLOCK = threading.RLock
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_state_waits_for_workers_that_have_only_just_begun(make, monkeypatch):
+    settings = {"num_workers": 3, "gbs": 2, "mbs": 1}
+    loader = make(**settings)
+    module = types.SimpleNamespace(**vars(threading) | {"RLock": LockThatIsTakenLate})
+    monkeypatch.setattr("megatron.energon.savable_loader.threading", module)
+    keys(loader, 1)
+    state = loader.state_dict()
+    expected = keys(loader, 4)
+    loader.close()
+    monkeypatch.undo()
+    other = make(**settings)
+    other.load_state_dict(json.loads(json.dumps(state)))
+    assert keys(other, 4) == expected
+    other.close()
 
 
 @pytest.mark.slow
@@ -133,6 +193,7 @@ def test_workers_resume_exactly_wherever_they_stood(make, workers, packing, at):
     keys(loader, at)
     state = json.loads(json.dumps(loader.state_dict()))
     expected = list(itertools.islice(loader, 6))
+    loader.close()
     for _ in range(2):
         other = make(**settings)
         other.load_state_dict(state)
@@ -140,6 +201,7 @@ def test_workers_resume_exactly_wherever_they_stood(make, workers, packing, at):
             assert batch.sample_keys == wanted.sample_keys
             assert torch.equal(batch.input_ids, wanted.input_ids)
             assert torch.equal(batch.position_ids, wanted.position_ids)
+        other.close()
 
 
 @pytest.mark.parametrize("changes", [{"num_workers": 2}, {"packing": True}, {"shuffle_buffer_size": 3}])
