@@ -74,7 +74,7 @@ class BatchLoader:
         return self._collate(samples)
 
     def close(self) -> None:
-        """End the worker processes. They hold copies of this process's sockets: NCCL's shutdown waits for those."""
+        """End the worker processes; torch would wait five seconds for each of them when this process ends."""
         self._source.close()
 
     @property
