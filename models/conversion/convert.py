@@ -3,7 +3,6 @@
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,10 +23,9 @@ from models.conversion.dcp_folder import (
     model_weights,
     open_dcp,
 )
-from models.conversion.job import Job, check_target, run_job
+from models.conversion.job import Entries, Job, OutputFile, check_target, run_job
 from models.conversion.sinks import (
     COMMON_STATE,
-    Advance,
     make_header,
     plan_safetensors,
     plan_sharded,
@@ -45,11 +43,14 @@ from models.conversion.tensor_source import (
     check_megatron_tensors,
     few,
 )
+from models.conversion.workers import Advance
 
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "origin.json"
 """What a converted checkpoint was made from; lies beside the shards."""
+NOT_FINITE = "not_finite"
+"""In a file's journal entry: its tensors that hold NaN or infinity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,7 @@ class Options:
     finite: bool = False
     """Refuse values that are not finite, instead of reporting them."""
     workers: int = 2
+    """Processes."""
     share: tuple[int, int] = (0, 1)
     restart: bool = False
     dry_run: bool = False
@@ -91,12 +93,11 @@ class Summary:
 
 @dataclass(slots=True)
 class FiniteCheck:
-    """Looks for values that are not finite in everything that passes through. Safe to use from several threads."""
+    """Looks for values that are not finite in everything that passes through."""
 
     inner: TensorSource
     refuse: bool
     names: set[str] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -111,8 +112,7 @@ class FiniteCheck:
         """
         tensor = self.inner.read(name, start, stop)
         if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
-            with self._lock:
-                self.names.add(name)
+            self.names.add(name)
             if self.refuse:
                 raise WeightMappingError(
                     "values are not finite", where=name, expected="finite values in the result's number format",
@@ -182,11 +182,10 @@ def write_shards_of(
     if options.dry_run:
         check_target(job, restart=options.restart)
         return summary
-    checked = FiniteCheck(tensors, options.finite or options.dtype is torch.float16)
     options.on_start(job.num_bytes)
     check_copies(source)
 
-    def finish(partial: Path, entries: dict[str, dict[str, Any]]) -> None:
+    def finish(partial: Path, entries: Entries) -> None:
         source.checkpoint.check_unchanged()
         folder = partial / RELEASE
         write_metadata(
@@ -199,11 +198,7 @@ def write_shards_of(
             copy_assets(source.checkpoint.folder, partial, leave_out=frozenset({INDEX_FILE}))
         (partial / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
 
-    complete = run_job(
-        job, lambda file, path: write_sharded(file, path, checked, options.advance), finish,
-        workers=options.workers, share=options.share, restart=options.restart, on_resume=options.advance,
-    )  # fmt: skip
-    return _ended(summary, complete, checked)
+    return _run(job, summary, options, tensors, write_sharded, finish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +291,9 @@ def write_hf(
     if options.dry_run:
         check_target(job, restart=options.restart)
         return summary
-    checked = FiniteCheck(hf, options.finite or options.dtype is torch.float16)
     options.on_start(job.num_bytes)
 
-    def finish(partial: Path, entries: dict[str, dict[str, Any]]) -> None:
+    def finish(partial: Path, entries: Entries) -> None:
         del entries
         stored.check_unchanged()
         origin.check_unchanged()
@@ -310,11 +304,10 @@ def write_hf(
             (partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _check_written(template, partial)
 
-    complete = run_job(
-        job, lambda file, path: write_safetensors(file, path, checked, headers[file.path], options.advance), finish,
-        workers=options.workers, share=options.share, restart=options.restart, on_resume=options.advance,
-    )  # fmt: skip
-    return _ended(summary, complete, checked)
+    def write(file: OutputFile, path: Path, tensors: TensorSource, advance: Advance) -> dict[str, Any]:
+        return write_safetensors(file, path, tensors, headers[file.path], advance)
+
+    return _run(job, summary, options, hf, write, finish)
 
 
 def _check_written(template: Source, partial: Path) -> None:
@@ -352,10 +345,29 @@ def _summary(kind: str, source: Source, job: Job, num_tensors: int) -> Summary:
     )
 
 
-def _ended(summary: Summary, complete: bool, checked: FiniteCheck) -> Summary:
-    if checked.names:
-        logger.warning("%d tensors hold NaN or infinity: %s", len(checked.names), few(sorted(checked.names)))
-    return replace(summary, complete=complete, not_finite=tuple(sorted(checked.names)))
+def _run(
+    job: Job,
+    summary: Summary,
+    options: Options,
+    tensors: TensorSource,
+    write: Callable[[OutputFile, Path, TensorSource, Advance], dict[str, Any]],
+    finish: Callable[[Path, Entries], None],
+) -> Summary:
+    """Run a conversion's job. Names with values that are not finite go through the journal: it outlives a kill."""
+
+    def write_checked(file: OutputFile, path: Path, advance: Advance) -> dict[str, Any]:
+        checked = FiniteCheck(tensors, options.finite or options.dtype is torch.float16)
+        entry = write(file, path, checked, advance)
+        return entry | {NOT_FINITE: sorted(checked.names)}
+
+    complete, entries = run_job(
+        job, write_checked, finish,
+        workers=options.workers, share=options.share, restart=options.restart, advance=options.advance,
+    )  # fmt: skip
+    names = sorted({name for entry in entries.values() for name in entry.get(NOT_FINITE, ())})
+    if names:
+        logger.warning("%d tensors hold NaN or infinity: %s", len(names), few(names))
+    return replace(summary, complete=complete, not_finite=tuple(names))
 
 
 def _record(summary: Summary) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models.contract.errors import ConfigError, HarnessError, RunError
+from models.conversion.workers import Advance, for_each
 
 PLAN_FILE = "plan.json"
 JOURNAL = "journal"
@@ -46,8 +47,10 @@ class OutputFile:
     num_bytes: int
 
 
-WriteFile = Callable[[OutputFile, Path], dict[str, Any]]
-"""`write(file, path)` writes one file and returns its journal entry. Called from several threads."""
+Entries = dict[str, dict[str, Any]]
+"""Journal entries by path of the file."""
+WriteFile = Callable[[OutputFile, Path, Advance], dict[str, Any]]
+"""`write(file, path, advance)` writes one file and returns its journal entry. Called in several processes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +73,8 @@ class Job:
         return sum(file.num_bytes for file in self.files)
 
 
-def finished(job: Job) -> dict[str, dict[str, Any]]:
-    """Journal entries of the files that are already there, by path."""
+def finished(job: Job) -> Entries:
+    """Journal entries of the files that are already there."""
     entries = {}
     for file in job.files:
         entry = job.partial / JOURNAL / f"{file.path.replace('/', '.')}.json"
@@ -124,29 +127,30 @@ def check_target(job: Job, *, restart: bool) -> None:
 def run_job(
     job: Job,
     write: WriteFile,
-    finish: Callable[[Path, dict[str, dict[str, Any]]], None],
+    finish: Callable[[Path, Entries], None],
     *,
     workers: int,
     share: tuple[int, int] = (0, 1),
     restart: bool = False,
-    on_resume: Callable[[int], None] = lambda _: None,
-) -> bool:
+    advance: Advance = lambda _: None,
+) -> tuple[bool, Entries]:
     """Write every file that is missing, then finish and rename.
 
     Args:
         job: What to write.
         write: Writes one file.
         finish: Writes what remains (metadata, copied files) into the partial folder, given all journal entries.
-        workers: Threads.
+        workers: Processes.
         share: `(k, n)`: this process writes every n-th file from the k-th on; whoever sees all of them finishes.
         restart: Throw a partial result away.
-        on_resume: Told how many bytes were already there.
+        advance: Told how many bytes were already there, then those of every block.
 
-    Returns: Whether the result is complete; False if files of other shares are still missing.
+    Returns: Whether the result is complete (False if files of other shares are still missing), and the journal
+        entries of the files that are there.
 
     Raises:
         ConfigError: as :func:`check_target`.
-        RunError: the disk is full or fails; what was written stays for the next attempt.
+        RunError: the disk is full or fails, or a worker died; what was written stays for the next attempt.
     """
     check_target(job, restart=restart)
     with _reported(job):
@@ -156,39 +160,35 @@ def run_job(
         with _locked(job.partial / f"lock-{share[0]}"):
             _write_text(job.partial / PLAN_FILE, json.dumps(_plan(job)))
             done = finished(job)
-            on_resume(sum(file.num_bytes for file in job.files if file.path in done))
+            advance(sum(file.num_bytes for file in job.files if file.path in done))
             mine = [
                 file
                 for index, file in enumerate(job.files)
                 if index % share[1] == share[0] and file.path not in done
             ]
-            _write_all(job, mine, write, workers)
-            return _finish(job, finish)
+            # The largest first, so that no worker is left alone with a large one at the end.
+            mine.sort(key=lambda file: file.num_bytes, reverse=True)
+            for_each(
+                mine,
+                lambda file, advance: _write_one(job, file, write, advance),
+                workers=workers,
+                advance=advance,
+            )
+            entries = finished(job)
+            return _finish(job, finish, entries), entries
 
 
-def _write_all(job: Job, files: list[OutputFile], write: WriteFile, workers: int) -> None:
-    def one(file: OutputFile) -> None:
-        path = job.partial / file.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".partial")
-        entry = write(file, unfinished)
-        entry["size"] = unfinished.stat().st_size
-        unfinished.replace(path)
-        _write_text(job.partial / JOURNAL / f"{file.path.replace('/', '.')}.json", json.dumps(entry))
-
-    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="convert")
-    try:
-        futures = [pool.submit(one, file) for file in files]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            if future.done() and not future.cancelled():
-                future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _write_one(job: Job, file: OutputFile, write: WriteFile, advance: Advance) -> None:
+    path = job.partial / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    entry = write(file, unfinished, advance)
+    entry["size"] = unfinished.stat().st_size
+    unfinished.replace(path)
+    _write_text(job.partial / JOURNAL / f"{file.path.replace('/', '.')}.json", json.dumps(entry))
 
 
-def _finish(job: Job, finish: Callable[[Path, dict[str, dict[str, Any]]], None]) -> bool:
-    entries = finished(job)
+def _finish(job: Job, finish: Callable[[Path, Entries], None], entries: Entries) -> bool:
     if len(entries) < len(job.files):
         return False
     with _locked(job.partial / "lock-finish"):
@@ -244,6 +244,12 @@ def _reported(job: Job) -> Iterator[None]:
         yield
     except HarnessError:
         raise
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process died", where=str(job.partial),
+            got="it was killed, as the system does when memory runs out",
+            fix="start the same command again, with fewer --workers if memory is short: finished files are kept",
+        ) from None  # fmt: skip
     except OSError as error:
         what = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(
             error.errno or 0

@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,17 +28,17 @@ from models.conversion.checkpoint_folder import DTYPE_NAMES
 from models.conversion.dcp_folder import METADATA_FILE
 from models.conversion.job import OutputFile, Span
 from models.conversion.tensor_source import TensorSource, TensorSpec
+from models.conversion.workers import Advance
 
 BLOCK_BYTES = 8 * 2**20
-"""Memory of one block; a thread holds about three. Small enough that the allocator gives the same pages again."""
+"""Memory of one block; a worker holds about three. Small enough that the allocator gives the same pages again."""
 READ_BACK_BYTES = 2**18
 SMALL_BYTES = 2**14
 FILE_BYTES = 256 * 2**20
-"""Size of one file of a sharded checkpoint, so that a killed conversion loses little and several threads have work."""
+"""Size of one file of a sharded checkpoint, so that a killed conversion loses little and several workers have work."""
 COMMON_STATE = {"common_state/shard_0_1": [{}]}
 """What megatron-core wants in a torch_dist checkpoint beside the tensors: its (empty) common state."""
 _LOCAL = threading.local()
-Advance = Callable[[int], None]
 
 
 def row_blocks(name: str, spec: TensorSpec) -> Iterator[Span]:

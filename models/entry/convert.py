@@ -5,6 +5,7 @@ Exit codes: 0 done or equal, 1 not equal or something wrong with the input (one 
 130 interrupted.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -52,7 +53,11 @@ Experts = Annotated[
 ]
 Finite = Annotated[bool, typer.Option("--finite", help="refuse NaN and infinity instead of reporting them")]
 WORKERS = min(8, os.cpu_count() or 2)
-Workers = Annotated[int, typer.Option(min=1, help="threads; default: one for each processor, at most 8")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="how many work at once; default: one for each processor, at most 8")
+]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's `mallopt`."""
 Share = Annotated[
     str,
     typer.Option(
@@ -341,7 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    torch.set_num_threads(1)  # the worker threads are the parallelism
+    torch.set_num_threads(1)  # the workers are the parallelism
+    _keep_memory()
     torch.serialization.set_crc32_options(False)  # every block is read back and compared instead
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name=PROGRAM)
@@ -356,6 +362,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:
         return _interrupted() if exit_.code == 130 else int(exit_.code or 0)
     return 0
+
+
+def _keep_memory() -> None:
+    """Let blocks be taken from memory that was freed before, not from the kernel again and again; glibc only."""
+    # Otherwise blocks of 8 MiB are mapped and unmapped, and every page is faulted in and cleared each time:
+    # 500,000 faults instead of 100,000 for 3.35 GB, and 0.7 s more of the system's time.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that its manual allows
+        mallopt(M_TRIM_THRESHOLD, 2**28)
 
 
 def _interrupted() -> int:

@@ -5,6 +5,7 @@ import filecmp
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,39 @@ def test_round_trip_gives_the_same_bytes(coded, tmp_path, kind, monkeypatch) -> 
     assert summary.num_files > 1
     megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", coded[kind], Options(workers=workers))
     assert same_files(coded[kind], tmp_path / "hf")
+
+
+@pytest.fixture
+def other_thread():
+    """A thread beside the test's own, as a progress bar has one: Python warns of forking then."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    yield
+    end.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("other_thread")
+def test_two_workers_write_the_same_bytes_as_one(coded, tmp_path, monkeypatch, recwarn) -> None:
+    monkeypatch.setattr(sinks, "FILE_BYTES", 2**17)
+    write = sinks._write_checked
+    for workers in (1, 2):
+        notes, advanced = tmp_path / f"processes-{workers}", []
+
+        def noting(*arguments, notes=notes) -> None:
+            with notes.open("a") as stream:
+                stream.write(f"{os.getpid()}\n")
+            write(*arguments)
+
+        monkeypatch.setattr(sinks, "_write_checked", noting)
+        options = Options(workers=workers, advance=advanced.append)
+        summary = hf_to_megatron(coded["qwen3_vl", True], tmp_path / str(workers), options)
+        assert sum(advanced) == summary.num_bytes
+        processes = set(notes.read_text().split())
+        assert (len(processes), str(os.getpid()) in processes) == (workers, workers == 1)
+    assert same_files(tmp_path / "1", tmp_path / "2")
+    assert not [warning for warning in recwarn if "fork" in str(warning.message)]
 
 
 def test_torch_dist_holds_what_the_table_says(coded, tmp_path) -> None:
