@@ -19,7 +19,7 @@ TWO = {"tp sp": TP, "pp 1+3": PP | {"num_layers_in_first_pipeline_stage": 1}, "c
 FOUR = {"tp pp": TP | PP, "tp cp": TP | CP, "pp dp": PP | DP, "tp dp": TP | DP}
 EXPERTS = {"ep": DP | {"expert_model_parallel_size": 2}}
 LOSS, GRADIENT = 1e-5, 1e-3
-"""Worst measured on H200: dense models 9.3e-8 and 3.9e-6 (two and four), experts 1.1e-6 and 5.7e-4 (two; the router)."""
+"""Worst on H200: dense models 9.3e-8 and 3.9e-6 (two and four GPUs), experts 1.1e-6 and 5.7e-4 (two; the router)."""
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
