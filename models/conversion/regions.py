@@ -76,9 +76,14 @@ def read_megatron_rows(
         dtype: Number format of the result.
     """
     box = row_box(rule.shape, start, stop)
-    if len(rule.pieces) == 1 and stop <= rule.shape[0]:
-        piece = rule.pieces[0]
-        value = _read_viewed(rule.sources[0], _to_source(piece, box, rule), read)
+    parts = [
+        (piece, shared)
+        for piece in rule.pieces
+        if (shared := box.intersect(Box(piece.target_start, piece.size)))
+    ]
+    if [shared for _, shared in parts] == [box]:  # one piece has it all: no copy
+        piece = parts[0][0]
+        value = _read_viewed(rule.sources[piece.source], _to_source(piece, box, rule), read)
         return value.to(dtype).reshape(box.size).contiguous()
     out = torch.empty(box.size, dtype=dtype)
     read_box(rule, box, read, out)
@@ -105,19 +110,28 @@ def read_hf_rows(
         value = read(rule.key, start, stop).to(dtype)
         value = value.transpose(-1, -2).contiguous() if hf.view == "transposed" else value
         return value.reshape(stop - start, *hf.shape[1:])
-    out = torch.empty(box.size, dtype=dtype)
-    for piece in rule.pieces:
-        if piece.source != source:
-            continue
-        shared = box.intersect(Box(piece.source_start, piece.size[-rank:]))
-        if shared is not None:
-            place = _to_target(piece, shared, rank)
-            value = read(rule.key, place.start[0], place.start[0] + place.size[0])
-            value = value[place.slices((place.start[0], *(0 for _ in place.start[1:])))]
+    parts = [
+        (piece, shared)
+        for piece in rule.pieces
+        if piece.source == source and (shared := box.intersect(Box(piece.source_start, piece.size[-rank:])))
+    ]
+    if [shared for _, shared in parts] == [box]:  # one piece has it all: no copy
+        out = _read_placed(rule, *parts[0], read).to(dtype).reshape(box.size)
+    else:
+        out = torch.empty(box.size, dtype=dtype)
+        for piece, shared in parts:
+            value = _read_placed(rule, piece, shared, read)
             out[shared.slices(box.start)].copy_(value.reshape(shared.size))
     if hf.view == "transposed":
         out = out.transpose(-1, -2).contiguous()
     return out.reshape(stop - start, *hf.shape[1:])
+
+
+def _read_placed(rule: WeightRule, piece: Piece, shared: Box, read: ReadRows) -> torch.Tensor:
+    """The part of the Megatron tensor where a part of a piece, in the viewed HF tensor's coordinates, lies."""
+    place = _to_target(piece, shared, len(shared.size))
+    value = read(rule.key, place.start[0], place.start[0] + place.size[0])
+    return value[place.slices((place.start[0], *(0 for _ in place.start[1:])))]
 
 
 def _to_source(piece: Piece, shared: Box, rule: WeightRule) -> Box:

@@ -44,9 +44,21 @@ _LOCAL = threading.local()
 def row_blocks(name: str, spec: TensorSpec) -> Iterator[Span]:
     """Cut a tensor into blocks of rows of at most `BLOCK_BYTES` (one row is never cut); experts one by one."""
     rows = spec.num_rows
-    step = 1 if len(spec.shape) > 2 else max(1, BLOCK_BYTES * rows // max(spec.num_bytes, 1))
+    step = 1 if len(spec.shape) > 2 else _halved(rows, max(1, BLOCK_BYTES * rows // max(spec.num_bytes, 1)))
     for start in range(0, rows, step):
         yield Span(name, start, min(start + step, rows))
+
+
+def _halved(rows: int, most: int) -> int:
+    """Rows of a block, at most `most`: what halving leaves, where it comes out even.
+
+    Gate and up projections, and the two halves of the tensor that joins them, are then cut at the same rows, and
+    blocks are read without putting them together.
+    """
+    step = rows
+    while step > most and step % 2 == 0:
+        step //= 2
+    return min(step, most)
 
 
 def plan_sharded(specs: Mapping[str, TensorSpec], folder: str) -> tuple[OutputFile, ...]:

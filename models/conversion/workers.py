@@ -89,6 +89,8 @@ def for_each[T](
         finally:
             stop.value = 1
             pool.shutdown(wait=True, cancel_futures=True)
+        if interrupts:  # at the very end: what is done is kept, but nothing goes on after Ctrl-C
+            raise KeyboardInterrupt
 
 
 def _submit(pool: Executor, call: Callable[[int], None], count: int) -> set[Future[None]]:

@@ -7,8 +7,11 @@ Exit codes: 0 done, 1 something about the input (one line says what), 2 wrong us
 import json
 import logging
 import os
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import batched
 from pathlib import Path
@@ -16,14 +19,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from models.contract.errors import ConfigError, DataError, HarnessError
+from models.contract.errors import ConfigError, DataError, HarnessError, RunError
 from models.contract.site import load_site
 
 PROGRAM = os.environ.get("QWEN_HARNESS_PROG", "python -m models.entry.generate")
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Ask a checkpoint: captions and answers (`answer`, which may be left out), held-out evaluation, side-by-side "
-    "pages. Nothing needs a network.",
+    "pages, public benchmarks. Nothing but those needs a network.",
 )  # fmt: skip
 
 Checkpoint = Annotated[
@@ -254,6 +257,56 @@ def page(
     found = json.loads(gates.read_text(encoding="utf-8")) if gates else ()
     _write(out, render_page(columns, samples, title=title, max_rows=max_rows, gates=found))
     sys.stdout.write(f"{out}\n")
+
+
+@app.command("benchmark")
+def benchmark(
+    checkpoint: Checkpoint,
+    task: Annotated[
+        list[str],
+        typer.Option(help="task, may be repeated; VLMEvalKit: NAME=CLASS of a dataset and its reader"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the results; must not exist")],
+    toolkit: Annotated[
+        Literal["lmms-eval", "vlmevalkit"], typer.Option(help="which one; it must be installed")
+    ] = "lmms-eval",
+    batch_size: BatchSize = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the toolkit's command, start nothing")
+    ] = False,
+    hf_folder: HfFolder = None,
+    site: SiteFile = None,
+) -> None:
+    """Run public benchmarks with lmms-eval or VLMEvalKit; a Megatron checkpoint is exported first.
+
+    \b
+    Examples:
+      benchmark --checkpoint Qwen3-VL-8B-Instruct --task mmmu_val --task ai2d --out results/8b
+      benchmark --checkpoint runs/lite --toolkit vlmevalkit --task MMBench_DEV_EN=ImageMCQDataset --out results/lite
+    """  # noqa: D301
+    from models.contract.families import load_architecture
+    from models.entry.generation_engine import hf_weights, locate
+    from models.generation.toolkits import CONFIG_FILE, toolkit_command
+
+    _refuse_existing(out)
+    source = locate(checkpoint, hf_folder=hf_folder, site=load_site(site))
+    family = load_architecture(source.hf_folder).family
+    with nullcontext(source.weights_folder) if dry_run else hf_weights(source) as weights:
+        command, config = toolkit_command(
+            toolkit, family, weights, name=Path(checkpoint).name, tasks=task, out=out, batch_size=batch_size
+        )
+        sys.stdout.write(shlex.join(command) + "\n")
+        sys.stdout.flush()
+        if dry_run:
+            return
+        out.mkdir()
+        if config:
+            _write(out / CONFIG_FILE, config)
+        code = subprocess.run(command, check=False).returncode
+    if code:
+        raise RunError(
+            f"{toolkit} ended with exit code {code}", where=shlex.join(command), fix="see its messages above"
+        )
 
 
 def _shown(items: Any) -> Any:

@@ -130,17 +130,18 @@ def open_checkpoint(
 def _transformers(
     source: CheckpointSource, device: torch.device, dtype: torch.dtype, processor: Any
 ) -> Iterator[Any]:
-    exported = nullcontext(source.hf_folder) if source.megatron_folder is None else _exported(source)
-    with exported as folder:
+    with hf_weights(source) as folder:
         yield transformers_engine.load_transformers_engine(folder, processor, device=device, dtype=dtype)
 
 
 @contextmanager
-def _exported(source: CheckpointSource) -> Iterator[Path]:
-    """The Megatron checkpoint as a HF folder, for as long as the block lasts."""
+def hf_weights(source: CheckpointSource) -> Iterator[Path]:
+    """The checkpoint as a HF folder, for as long as the block lasts; a Megatron one is exported."""
     from models.conversion.convert import Options, megatron_to_hf
 
-    assert source.megatron_folder is not None
+    if source.megatron_folder is None:
+        yield source.hf_folder
+        return
     with tempfile.TemporaryDirectory(prefix="qwen-harness-generate-") as root:
         folder = Path(root) / "hf"
         logger.info("exporting %s to a temporary Hugging Face folder", source.megatron_folder)

@@ -16,6 +16,7 @@ from models.contract.errors import ConfigError, HarnessError, RunError, WeightMa
 from models.conversion import job, sinks
 from models.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from models.conversion.dcp_folder import open_dcp
+from models.conversion.tensor_source import TensorSpec
 from models.conversion.tiny import write_tiny_checkpoint
 from models.conversion.tiny_config import tiny_config
 from models.entry.convert import main
@@ -435,3 +436,18 @@ def test_program_plans_converts_and_reports_errors(source, tmp_path, capsys) -> 
     assert main(["verify", str(source), target, "--out", str(tmp_path / "r" / "conversion.json")]) == 0
     assert json.loads((tmp_path / "r" / "conversion.json").read_text())["is_equal"]
     assert main(["hf-to-megatron", str(source), str(tmp_path / "x"), "--share", "2/2"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(11008, 2048), (3420, 1280), (9728, 2560), (151936, 2048), (18944, 3584), (7, 2**21)],
+)
+def test_blocks_of_both_halves_of_a_joined_tensor_are_cut_at_the_same_rows(rows: int, columns: int) -> None:
+    half, joined = (TensorSpec((count, columns), torch.bfloat16) for count in (rows, 2 * rows))
+    spans = [[(span.start, span.stop) for span in sinks.row_blocks("", spec)] for spec in (half, joined)]
+    for spec, blocks in zip((half, joined), spans, strict=True):
+        assert [row for block in blocks for row in block][1:-1:2] == [start for start, _ in blocks[1:]]
+        assert (blocks[0][0], blocks[-1][1]) == (0, spec.num_rows)
+        assert all((stop - start) * columns * 2 <= sinks.BLOCK_BYTES for start, stop in blocks)
+    starts = {start for start, _ in spans[1]}
+    assert rows % 2 or {shift + start for start, _ in spans[0] for shift in (0, rows)} == starts

@@ -96,7 +96,7 @@ def test_stopped_conversion_continues_where_it_stopped(
     source, tmp_path, monkeypatch, name, whom, workers
 ) -> None:
     target = tmp_path / "m"
-    done = run(name, whom, 60 // workers, "hf-to-megatron", source, target, "--workers", workers)
+    done = run(name, whom, 40 // workers, "hf-to-megatron", source, target, "--workers", workers)
     assert not target.exists()
     assert "Traceback" not in done.stderr
     if name == "SIGINT":
