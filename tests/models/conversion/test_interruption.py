@@ -88,7 +88,8 @@ def finish_and_count(source: Path, target: Path, monkeypatch) -> tuple[int, int]
 @pytest.mark.parametrize(
     ("name", "whom", "workers"),
     [
-        ("SIGKILL", "self", 1), ("SIGKILL", "parent", 2), ("SIGINT", "group", 2), ("SIGKILL", "self", 2),
+        ("SIGKILL", "parent", 2), ("SIGINT", "group", 2), ("SIGKILL", "self", 2),
+        pytest.param("SIGKILL", "self", 1, marks=pytest.mark.slow),
         pytest.param("SIGINT", "self", 1, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
