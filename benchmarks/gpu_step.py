@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from benchmarks.kernel_profile import kernel_times, profile, profile_table
 from benchmarks.mock_batch import MockShape, mock_batch
 from models.common.batch import Batch
 from models.contract.architecture import Architecture
@@ -120,15 +121,9 @@ def synchronize() -> None:
 
 
 def profile_step(engine: MegatronEngine, batches: list[Any], options: argparse.Namespace) -> None:
-    """Write the table of kernels of one step, by device time."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        one_step(engine, batches, options)
-        torch.cuda.synchronize()
-    table = profiler.key_averages().table(
-        sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=70
-    )
-    Path(options.profile).write_text(table, encoding="utf-8")
+    """Write what one step spends its device time on."""
+    profiler = profile(lambda: one_step(engine, batches, options))
+    Path(options.profile).write_text(profile_table(kernel_times(profiler)), encoding="utf-8")
 
 
 def summarise(

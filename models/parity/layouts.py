@@ -86,16 +86,22 @@ def main(jobs_file: str, results_file: str) -> None:
     """Run every job of a file; rank 0 writes the results."""
     warnings.filterwarnings("ignore")
     jobs: list[Job] = torch.load(jobs_file, weights_only=False)
+    backend = "gloo"
     if jobs[0].settings.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl")
+        backend = "nccl"
     else:
         enable_cpu()
-        distributed.init_process_group("gloo")
-    results = [run_job(job) for job in jobs]
-    if distributed.get_rank() == 0:
+    store, rank, world_size = next(distributed.rendezvous("env://"))
+    results = []
+    for number, job in enumerate(jobs):
+        # Groups are taken down after every job: each keeps threads that poll, and a layout has dozens of groups.
+        own_store = distributed.PrefixStore(f"job{number}", store)
+        distributed.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
+        results.append(run_job(job))
+        distributed.destroy_process_group()
+    if rank == 0:
         Path(results_file).write_text(json.dumps([dataclasses.asdict(result) for result in results]))
-    distributed.destroy_process_group()
 
 
 def run_job(job: Job) -> Result:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a step goes on the device: its kernels, and what they are for."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("matrix products", ("nvjet", "gemm", "cutlass", "cublas")),
+    ("attention", ("sdpa", "flash", "fmha", "softmax")),
+    ("queries and keys", ("qk_norm_rope", "rope", "rotary")),
+    ("norms", ("rmsnorm", "layernorm", "layer_norm", "normalization")),
+    ("MLP activation", ("gated_act", "silu", "swiglu", "gelu", "dact", "act_kernel")),
+    ("loss", ("cross_entropy", "online_softmax", "element_mul")),
+    ("optimizer", ("multi_tensor", "adam", "l2norm")),
+    ("experts' routing", ("permute", "topk", "sort", "router", "scan")),
+    ("communication", ("nccl",)),
+    ("fp8 casts", ("cast", "quant", "transpose", "amax")),
+    ("copies", ("memcpy", "memset", "copy", "cat", "fill")),
+)
+"""Group → parts of kernel names; the first that fits counts. What fits none is elementwise work of some kind."""
+REST = "other elementwise"
+
+
+def profile(step: Callable[[], object]) -> torch.profiler.profile:
+    """Run a step under torch's profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return profiler
+
+
+def kernel_times(profiler: torch.profiler.profile) -> dict[str, tuple[float, int]]:
+    """Device time in ms and number of calls of every kernel."""
+    events: Iterable[Any] = profiler.key_averages()
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {event.key: (event.self_device_time_total / 1e3, event.count) for event in on_device}
+
+
+def group_of(kernel: str) -> str:
+    """What a kernel is for, by its name."""
+    name = kernel.lower()
+    return next((group for group, parts in GROUPS if any(part in name for part in parts)), REST)
+
+
+def group_times(kernels: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Device time in ms by group, the largest first."""
+    times: dict[str, float] = {}
+    for kernel, (time_ms, _) in kernels.items():
+        group = group_of(kernel)
+        times[group] = times.get(group, 0.0) + time_ms
+    return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def profile_table(kernels: Mapping[str, tuple[float, int]], *, num_kernels: int = 60) -> str:
+    """Markdown: time by group, then by kernel."""
+    total = sum(time_ms for time_ms, _ in kernels.values())
+    lines = ["| what for | ms | share |", "|---|---|---|"]
+    lines += [
+        f"| {group} | {time_ms:.1f} | {time_ms / total:.1%} |"
+        for group, time_ms in group_times(kernels).items()
+    ]
+    lines += [f"| all | {total:.1f} | |", "", "| kernel | for | ms | calls |", "|---|---|---|---|"]
+    longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:num_kernels]
+    lines += [
+        f"| `{name[:110]}` | {group_of(name)} | {time_ms:.1f} | {calls} |"
+        for name, (time_ms, calls) in longest
+    ]
+    return "\n".join(lines) + "\n"
