@@ -63,6 +63,7 @@ DATASETS: dict[str, Steps] = {
     "scenes": _drawn("scenes"),
     "scenes-audio": _drawn("scenes-audio"),
     "colours": _drawn("colours", num_train=3000),
+    "colours-audio": _drawn("colours-audio", num_train=4500),
     "colours-40k": _drawn("colours", num_train=40_000, workers=8),
     "photos": _photographs,
 }

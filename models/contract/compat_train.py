@@ -23,6 +23,7 @@ TAIL = (
 )  # fmt: skip
 ARGUMENTS = {"qwen2_5_vl": COMMON + TAIL, "qwen3_vl": (*COMMON, "ETP", "EP", *TAIL)}
 SIZES = {"qwen2_5_vl": ("3B", "7B", "32B", "72B"), "qwen3_vl": ("2B", "4B", "8B", "32B", "A3B", "A22B")}
+TITLES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 MOE_SIZES = ("A3B", "A22B")
 WITHOUT_ARGUMENTS = {
     "run_mcore_qwen3_vl_lite": "convergence/qwen3_vl_30b_a3b_lite.toml",
@@ -32,6 +33,8 @@ WITHOUT_ARGUMENTS = {
 }
 """Scripts that take no arguments, and the shipped recipe each stands for."""
 PROCESSES_PER_NODE = 8
+EVAL_INTERVAL, EVAL_ITERS = 1000, 10
+"""What the script passes to Megatron, in iterations and global batches; Megatron evaluates once more at the end."""
 
 
 def script_recipe(script: str, arguments: Sequence[str], *, num_processes: int | None = None) -> Recipe:
@@ -78,13 +81,19 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def _recipe_data(family: str, given: dict[str, str], num_processes: int | None) -> dict[str, Any]:
-    size = _choice(given, "MODEL_SIZE", SIZES[family])
+    size = _size(family, given)
     env = _choice(given, "ENV", ("dsw", "dlc"))
     precision = _choice(given, "PR", ("fp16", "bf16", "fp8"))
     tp, pp, cp = (_integer(given, key) for key in ("TP", "PP", "CP"))
+    batch_size = _integer(given, "GLOBAL_BATCH_SIZE")
     is_moe = size in MOE_SIZES
     ep, etp = (_integer(given, "EP"), _integer(given, "ETP")) if is_moe else (1, None)
-    iterations, warmup = _integer(given, "TRAIN_ITERS"), _integer(given, "LR_WARMUP_ITERS")
+    iterations, warmup = _integer(given, "TRAIN_ITERS"), _integer(given, "LR_WARMUP_ITERS", least=0)
+    if warmup >= iterations:
+        raise ConfigError(
+            "argument LR_WARMUP_ITERS leaves nothing to decay", expected=f"less than TRAIN_ITERS = {iterations}",
+            got=str(warmup), fix="the script ends the decay at TRAIN_ITERS - LR_WARMUP_ITERS",
+        )  # fmt: skip
     seq_length, pad_length = _integer(given, "SEQ_LEN"), _integer(given, "PAD_LEN")
     processes = num_processes or _fewest_processes(tp * pp * cp, ep * (etp or 1) * pp)
     notes = [
@@ -128,7 +137,8 @@ def _recipe_data(family: str, given: dict[str, str], num_processes: int | None) 
         },
         "train": {
             "train_iters": iterations, "micro_batch_size": _integer(given, "BATCH_SIZE"),
-            "global_batch_size": _integer(given, "GLOBAL_BATCH_SIZE"), "loss_reduction": "per_sample",
+            "global_batch_size": batch_size, "loss_reduction": "per_sample",
+            "eval_interval": EVAL_INTERVAL, "eval_samples": EVAL_ITERS * batch_size,
         },
         "optimizer": {
             "lr": _number(given, "LR"), "min_lr": _number(given, "MIN_LR"), "lr_warmup_iters": warmup,
@@ -157,10 +167,25 @@ def _fewest_processes(dense: int, expert: int) -> int:
     return count
 
 
-def _integer(given: dict[str, str], key: str) -> int:
-    if not given[key].isdigit():
-        raise ConfigError(f"argument {key} is not a whole number", got=given[key])
-    return int(given[key])
+def _size(family: str, given: dict[str, str]) -> str:
+    size = given["MODEL_SIZE"]
+    other = next(name for name in SIZES if name != family)
+    if size in SIZES[other] and size not in SIZES[family]:
+        count, theirs = len(ARGUMENTS[family]), len(ARGUMENTS[other])
+        raise ConfigError(
+            f"{size} is a size of {TITLES[other]}", where="argument MODEL_SIZE",
+            expected=f"{theirs} arguments for {TITLES[other]}, with ETP and EP after CP for Qwen3-VL alone",
+            got=f"{count}, as for {TITLES[family]}",
+            fix="count again; the published argument table of Qwen3-VL leaves ETP and EP out, its example has them",
+        )  # fmt: skip
+    return _choice(given, "MODEL_SIZE", SIZES[family])
+
+
+def _integer(given: dict[str, str], key: str, *, least: int = 1) -> int:
+    text = given[key]
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise ConfigError(f"argument {key} is not a whole number of at least {least}", got=text)
+    return int(text)
 
 
 def _number(given: dict[str, str], key: str) -> float:

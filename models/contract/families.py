@@ -83,9 +83,13 @@ def published_config(name: str) -> dict[str, Any]:
 
 
 def published_name(checkpoint: str) -> str | None:
-    """Published size that a checkpoint's name or path names: ``Qwen2.5-VL-7B-Instruct`` is ``qwen2_5_vl_7b``."""
-    name = re.sub(r"-(instruct|thinking)$", "", Path(checkpoint).name.lower())
-    name = re.sub(r"[-.]", "_", name)
+    """Published size that a checkpoint's name or path names: ``Qwen2.5-VL-7B-Instruct`` is ``qwen2_5_vl_7b``.
+
+    What the reference's guides call their conversions (``Qwen2.5VL-7B-Instruct-to-mcore``) is read as well.
+    """
+    name = re.sub(r"-(to-mcore|mcore|dcp)$", "", Path(checkpoint).name.lower())
+    name = re.sub(r"-(instruct|thinking)$", "", name)
+    name = re.sub(r"[-.]", "_", re.sub(r"^(qwen[\d.]+)vl", r"\1-vl", name))
     return name if (PUBLISHED / f"{name}.json").is_file() else None
 
 

@@ -39,7 +39,7 @@ VALIDATION_SHARE = 16
 """One scene in sixteen belongs to validation."""
 
 SceneKind = Literal[
-    "caption", "question", "pair", "count", "video", "text", "audio", "colour", "colours", "clip", "choice"
+    "caption", "question", "pair", "count", "video", "text", "audio", "colour", "colours", "clip", "choice", "pitch"
 ]  # fmt: skip
 DEFAULT_MIX: dict[SceneKind, float] = {
     "caption": 0.3, "question": 0.3, "pair": 0.08, "count": 0.1, "video": 0.12, "text": 0.1,
@@ -48,6 +48,14 @@ COLOUR_MIX: dict[SceneKind, float] = {"colour": 0.6, "colours": 0.25, "clip": 0.
 """Colours alone: what a tiny model learns from random weights within a hundred steps, so that a 500-step curve ends on
 its floor whatever the rounding. Shapes, places, counts and which of two images was meant it learns late and at times
 that rounding decides."""
+COLOUR_AUDIO_MIX: dict[SceneKind, float] = {
+    "colour": 0.5,
+    "colours": 0.2,
+    "clip": 0.1,
+    "choice": 0.1,
+    "pitch": 0.1,
+}
+"""The same with sounds that are told apart as early as colours."""
 SENTENCES = (
     "It is {}.", "I see {}.", "That one is {}.", "The shape is {}.", "Here is something {}.", "Clearly {}.",
 )  # fmt: skip
@@ -311,21 +319,30 @@ def _audio(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
         rng.uniform(300, 600),
     )
     end = {"rises": 2.2, "falls": 1 / 2.2, "stays": 1.0}[trend] * start
+    texts = ("<audio>\nWhat does the tone do?", f"The tone {trend}.")
+    return _turns(*texts), f"{trend}{seconds}{start}", lambda: {"audio0.wav": _tone(seconds, start, end)}
 
-    def clip() -> dict[str, bytes]:
-        n = int(seconds * SAMPLE_RATE)
-        phase = np.cumsum(np.linspace(start, end, n)) * (2 * math.pi / SAMPLE_RATE)
-        stream = io.BytesIO()
-        soundfile.write(
-            stream, (0.4 * np.sin(phase)).astype(np.float32), SAMPLE_RATE, format="WAV", subtype="PCM_16"
-        )
-        return {"audio0.wav": stream.getvalue()}
 
-    return _turns("<audio>\nWhat does the tone do?", f"The tone {trend}."), f"{trend}{seconds}{start}", clip
+def _pitch(rng: random.Random) -> tuple[list[dict[str, str]], str, Any]:
+    """A high or a low tone."""
+    pitch, seconds = rng.choice(("high", "low")), rng.uniform(0.3, 0.7)
+    frequency = rng.uniform(250, 450) if pitch == "low" else rng.uniform(1800, 3200)
+    texts = ("<audio>\nHow is the tone?", pitch, *_sentence(rng, pitch))
+    described = f"{seconds}{frequency}{texts}"
+    return _turns(*texts), described, lambda: {"audio0.wav": _tone(seconds, frequency, frequency)}
+
+
+def _tone(seconds: float, start: float, end: float) -> bytes:
+    """A sine that glides from one frequency to another, in Hz."""
+    phase = np.cumsum(np.linspace(start, end, int(seconds * SAMPLE_RATE))) * (2 * math.pi / SAMPLE_RATE)
+    stream = io.BytesIO()
+    samples = (0.4 * np.sin(phase)).astype(np.float32)
+    soundfile.write(stream, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return stream.getvalue()
 
 
 BUILDERS = {
     "caption": _caption, "question": _question, "pair": _pair, "count": _count,
     "video": _video, "text": _text, "audio": _audio,
-    "colour": _colour, "colours": _colours, "clip": _clip, "choice": _choice,
+    "colour": _colour, "colours": _colours, "clip": _clip, "choice": _choice, "pitch": _pitch,
 }  # fmt: skip

@@ -28,7 +28,7 @@ def synth(
         int, typer.Option(min=0, help="Held-out samples; never a scene of the training set.")
     ] = 128,
     preset: Annotated[
-        Literal["scenes", "scenes-audio", "colours", "fake-vl", "fake-omni"],
+        Literal["scenes", "scenes-audio", "colours", "colours-audio", "fake-vl", "fake-omni"],
         typer.Option(
             help="scenes: shapes to look at. colours: their colours alone. "
             "fake-*: the seeds' demonstrations, one sample many times."
@@ -38,7 +38,7 @@ def synth(
     shard_size: ShardSize = 500,
     workers: Workers = 1,
 ) -> None:
-    """Draw a synthetic dataset of images, short videos and (scenes-audio) sounds.
+    """Draw a synthetic dataset of images, short videos and (with -audio) sounds.
 
     Example: synth -o work/datasets/scenes --train 2000 --val 128
     """

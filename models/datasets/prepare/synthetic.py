@@ -11,6 +11,7 @@ import soundfile
 from PIL import Image
 
 from models.datasets.scenes import (
+    COLOUR_AUDIO_MIX,
     COLOUR_MIX,
     DEFAULT_MIX,
     Figure,
@@ -22,11 +23,12 @@ from models.datasets.scenes import (
 )
 from models.datasets.shards import RawSample
 
-Preset = Literal["scenes", "scenes-audio", "colours", "fake-vl", "fake-omni"]
+Preset = Literal["scenes", "scenes-audio", "colours", "colours-audio", "fake-vl", "fake-omni"]
 MIX_OF: dict[str, dict[SceneKind, float]] = {
     "scenes": DEFAULT_MIX,
     "scenes-audio": {**DEFAULT_MIX, "audio": 0.2},
     "colours": COLOUR_MIX,
+    "colours-audio": COLOUR_AUDIO_MIX,
 }
 
 

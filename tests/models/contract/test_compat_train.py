@@ -73,6 +73,8 @@ def test_script_recipe_of_the_published_7b_call() -> None:
     assert recipe.train.loss_reduction == "per_sample"
     assert not recipe.parallel.sequence_parallel  # SP without tensor parallel does nothing
     assert any("SP has no effect" in note for note in recipe.notes)
+    # the script evaluates ten global batches every thousand iterations, and at the end
+    assert (recipe.train.eval_interval, recipe.train.eval_samples) == (1000, 640)
 
 
 def test_script_recipe_of_the_published_30b_call_reads_etp_before_ep() -> None:
@@ -105,7 +107,17 @@ def test_recipe_toml_reads_back_to_the_same_recipe(arguments: list[str]) -> None
         ("run_mcore_llama", [], "unknown script"),
         ("debug_mcore_qwen3_vl", ["dsw"], "takes no arguments"),
         ("run_mcore_qwen", [*SEVEN_B[:9], "x", *SEVEN_B[10:]], "argument TP is not a whole number"),
-        ("run_mcore_qwen", [*SEVEN_B[:1], "8B", *SEVEN_B[2:]], "argument MODEL_SIZE is unknown"),
+        ("run_mcore_qwen", [*SEVEN_B[:1], "6B", *SEVEN_B[2:]], "argument MODEL_SIZE is unknown"),
+        ("run_mcore_qwen", [*SEVEN_B[:1], "A3B", *SEVEN_B[2:]], "A3B is a size of Qwen3-VL"),
+        ("run_mcore_qwen", [*THIRTY_B[:1], "7B", *THIRTY_B[2:]], "7B is a size of Qwen2.5-VL"),
+        (
+            "run_mcore_qwen",
+            [*SEVEN_B[:9], "0", *SEVEN_B[10:]],
+            "argument TP is not a whole number of at least 1",
+        ),
+        ("run_mcore_qwen", [*THIRTY_B[:13], "0", *THIRTY_B[14:]], "argument EP is not a whole number"),
+        ("run_mcore_qwen", [*SEVEN_B[:2], "²", *SEVEN_B[3:]], "argument BATCH_SIZE is not a whole number"),
+        ("run_mcore_qwen", [*SEVEN_B[:21], "100", "100", SEVEN_B[23]], "LR_WARMUP_ITERS leaves nothing"),
     ],
 )
 def test_script_recipe_names_the_wrong_argument(script: str, arguments: list[str], message: str) -> None:
