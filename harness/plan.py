@@ -71,8 +71,11 @@ def plan_case(
         training=training,
         sizes_from=sizes_from,
         missing=tuple(
-            f"{item.kind} '{item.name}' at {item.path}: " + ("made on the spot" if maker(item) else item.fix)
-            for item in missing
+            dict.fromkeys(  # a dataset may be named twice, for training and for evaluation
+                f"{item.kind} '{item.name}' at {item.path}: "
+                + ("made on the spot" if maker(item) else item.fix)
+                for item in missing
+            )
         ),
         refused=_refused(case, architecture, training, disk, free if probe.has(case.hardware) else None),
         runs_here=probe.has(case.hardware),
@@ -189,13 +192,15 @@ def _step_time(case: Case, baselines: Path, training: TrainingPlan | None) -> tu
 
 def _disk_gib(case: Case, architecture: Architecture | None) -> float | None:
     """Checkpoints that lie on disk at once, one more than is kept while one is written, and the metrics."""
-    kept = case.recipe.checkpoint
-    metrics = case.recipe.train.train_iters * METRICS_BYTES_PER_ITERATION
-    if not (kept.save_final or kept.save_interval):
+    kept, train_iters = case.recipe.checkpoint, case.recipe.train.train_iters
+    metrics = train_iters * METRICS_BYTES_PER_ITERATION
+    # the last iteration saves when save_final says so, whatever the interval
+    num_saved = (train_iters - 1) // kept.save_interval if kept.save_interval else 0
+    at_once = min(kept.keep_last + 1, num_saved + kept.save_final)
+    if not at_once:
         return metrics / 2**30
     if architecture is None:
         return None
-    at_once = kept.keep_last + 1 if kept.save_interval else 1
     return (at_once * checkpoint_bytes(case.recipe, architecture) + metrics) / 2**30
 
 

@@ -17,6 +17,7 @@ from models.contract.errors import ConfigError
 
 Scheduler = Literal["dsw", "dlc", "slurm", "hosts"]
 DEFAULT_PORT = 29500
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,12 @@ def read_cluster(
     Raises:
         ConfigError: a variable is missing or malformed (all of them are named), or this host is not in the list.
     """
+    unused = [f"--{name}" for name, value in (("hosts", hosts), ("this-host", this_host)) if value]
+    if scheduler != "hosts" and unused:
+        raise ConfigError(
+            f"{' and '.join(unused)} have no effect with --scheduler {scheduler}",
+            fix="say --scheduler hosts, or leave them out",
+        )
     if scheduler == "dsw":
         return ONE_NODE
     if scheduler == "dlc":
@@ -104,19 +111,35 @@ def _from_counts(
             f"not inside a {scheduler} job", where="environment variables", got=f"missing {', '.join(missing)}",
             fix="start it there, or name another scheduler",
         )  # fmt: skip
-    values = {name: environment[name] for name in (nodes, rank)}
-    values["MASTER_PORT"] = environment.get("MASTER_PORT", str(DEFAULT_PORT))
-    wrong = [f"{name}={value!r}" for name, value in values.items() if not value.isdigit()]
-    if wrong or not int(values[rank]) < int(values[nodes]):
+    counts = {name: environment[name] for name in (nodes, rank)}
+    wrong = [f"{name}={text!r}" for name, text in counts.items() if not _is_number(text)]
+    if wrong or not int(counts[rank]) < int(counts[nodes]):
         raise ConfigError(
             f"{scheduler} variables contradict each other", where="environment variables",
-            expected=f"numbers with {rank} < {nodes}", got=", ".join(wrong) or f"{values[rank]} and {values[nodes]}",
+            expected=f"numbers with {rank} < {nodes}", got=", ".join(wrong) or f"{counts[rank]} and {counts[nodes]}",
         )  # fmt: skip
-    master = first_host(environment[node_list]) if node_list else environment["MASTER_ADDR"]
+    master = first_host(environment[node_list]) if node_list else environment["MASTER_ADDR"].strip()
+    if not master:
+        raise ConfigError(
+            "no master is named", where="MASTER_ADDR", got=f"MASTER_ADDR={environment['MASTER_ADDR']!r}"
+        )
     return Cluster(
-        num_nodes=int(values[nodes]), node_rank=int(values[rank]), master_addr=master,
-        master_port=int(values["MASTER_PORT"]),
+        num_nodes=int(counts[nodes]), node_rank=int(counts[rank]), master_addr=master,
+        master_port=_master_port(environment),
     )  # fmt: skip
+
+
+def _master_port(environment: Mapping[str, str]) -> int:
+    text = environment.get("MASTER_PORT", str(DEFAULT_PORT))
+    if not _is_number(text) or not 1 <= int(text) <= MAX_PORT:
+        raise ConfigError(
+            "not a port", where="MASTER_PORT", expected=f"1 to {MAX_PORT}", got=f"MASTER_PORT={text!r}"
+        )
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _from_hosts(environment: Mapping[str, str], hosts: Sequence[str], this_host: str) -> Cluster:
@@ -127,12 +150,9 @@ def _from_hosts(environment: Mapping[str, str], hosts: Sequence[str], this_host:
             "this host is not in the list", expected=f"one of {', '.join(hosts)}", got=this_host,
             fix="use the names that `hostname` prints, or say which host this is",
         )  # fmt: skip
-    port = environment.get("MASTER_PORT", str(DEFAULT_PORT))
-    if not port.isdigit():
-        raise ConfigError("not a port", where="MASTER_PORT", got=port)
     return Cluster(
         num_nodes=len(hosts),
         node_rank=list(hosts).index(this_host),
         master_addr=hosts[0],
-        master_port=int(port),
+        master_port=_master_port(environment),
     )

@@ -49,12 +49,8 @@ COLOUR_MIX: dict[SceneKind, float] = {"colour": 0.6, "colours": 0.25, "clip": 0.
 its floor whatever the rounding. Shapes, places, counts and which of two images was meant it learns late and at times
 that rounding decides."""
 COLOUR_AUDIO_MIX: dict[SceneKind, float] = {
-    "colour": 0.5,
-    "colours": 0.2,
-    "clip": 0.1,
-    "choice": 0.1,
-    "pitch": 0.1,
-}
+    "colour": 0.55, "colours": 0.2, "clip": 0.05, "choice": 0.1, "pitch": 0.1,
+}  # fmt: skip
 """The same with sounds that are told apart as early as colours."""
 SENTENCES = (
     "It is {}.", "I see {}.", "That one is {}.", "The shape is {}.", "Here is something {}.", "Clearly {}.",

@@ -12,6 +12,7 @@ from harness.hardware import Probe
 from harness.plan import plan_case, plan_text, require_possible
 from models.contract.errors import ConfigError
 from models.contract.families import PUBLISHED, published_name
+from models.contract.recipe import parse_recipe
 from models.contract.site import Site
 
 H200 = Probe(kind="cuda", device_name="NVIDIA H200", device_count=8, memory_bytes=141 * 10**9)
@@ -96,3 +97,35 @@ def test_plan_refuses_checkpoints_that_the_disk_cannot_hold(
     # on another machine this disk says nothing
     elsewhere = Probe(kind="cpu", device_name="", device_count=0, memory_bytes=0)
     assert plan_case(case_on("h200"), site, baselines=tmp_path, probe=elsewhere).refused == ()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "num_at_once"),
+    [
+        ({"save_interval": 100_000}, 1),  # longer than the run: the last one alone
+        ({"save_interval": 400}, 2),  # at 400 and at the end
+        ({"save_interval": 100, "keep_last": 2}, 3),  # two are kept while the third is written
+        ({"save_interval": 400, "save_final": False}, 1),
+        ({"save_interval": 1000, "save_final": False}, 0),
+    ],
+)
+def test_plan_counts_the_checkpoints_that_lie_on_disk_at_once(
+    checkpoint: dict[str, object], num_at_once: int, site: Site, tmp_path: Path
+) -> None:
+    case = case_on("h200")
+    data = case.recipe.model_dump(mode="json")
+    data["checkpoint"] |= checkpoint
+    plan = plan_case(
+        replace(case, recipe=parse_recipe(data, where="test")), site, baselines=tmp_path, probe=H200
+    )
+    assert plan.disk_gib == pytest.approx(num_at_once * 8_292_166_656 * 2 / 2**30, rel=1e-3, abs=1e-3)
+
+
+def test_plan_names_a_missing_input_once(site: Site, tmp_path: Path) -> None:
+    case = case_on("h200")
+    data = case.recipe.model_dump(mode="json")
+    data["data"]["eval_dataset"] = data["data"]["dataset"]
+    plan = plan_case(
+        replace(case, recipe=parse_recipe(data, where="test")), site, baselines=tmp_path, probe=H200
+    )
+    assert len(plan.missing) == 2

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which nodes a run has, from the environment of each kind of cluster."""
 
+from typing import Any
+
 import pytest
 
 from models.contract.cluster import ONE_NODE, first_host, processes_per_node, read_cluster
@@ -48,6 +50,10 @@ def test_first_host_expands_slurm_lists(node_list: str, host: str) -> None:
         ("dlc", DLC | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
         ("slurm", {}, "missing SLURM_JOB_NUM_NODES, SLURM_NODEID, SLURM_JOB_NODELIST"),
         ("slurm", SLURM | {"SLURM_JOB_NODELIST": "gpu[["}, "not a Slurm node list"),
+        ("dlc", DLC | {"MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
+        ("dlc", DLC | {"MASTER_PORT": "0"}, "MASTER_PORT='0'"),
+        ("dlc", DLC | {"MASTER_ADDR": " "}, "MASTER_ADDR=' '"),
+        ("dlc", DLC | {"WORLD_SIZE": "²"}, "WORLD_SIZE='²'"),
     ],
 )
 def test_read_cluster_names_what_is_wrong(scheduler: str, environment: dict[str, str], message: str) -> None:
@@ -59,6 +65,19 @@ def test_read_cluster_names_what_is_wrong(scheduler: str, environment: dict[str,
 def test_read_cluster_refuses_a_host_that_is_not_listed() -> None:
     with pytest.raises(ConfigError, match="this host is not in the list"):
         read_cluster("hosts", {}, hosts=["a", "b"], this_host="c")
+
+
+@pytest.mark.parametrize("port", ["x", "99999"])
+def test_read_cluster_of_hosts_refuses_a_wrong_port(port: str) -> None:
+    with pytest.raises(ConfigError, match="MASTER_PORT"):
+        read_cluster("hosts", {"MASTER_PORT": port}, hosts=["a", "b"], this_host="a")
+
+
+@pytest.mark.parametrize("given", [{"hosts": ["a", "b"]}, {"this_host": "a"}])
+def test_read_cluster_refuses_hosts_that_it_would_not_use(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="have no effect") as caught:
+        read_cluster("dsw", {}, **given)
+    assert "--scheduler hosts" in str(caught.value)
 
 
 def test_processes_must_divide_over_nodes() -> None:
