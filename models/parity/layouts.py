@@ -7,6 +7,7 @@ One start of the processes runs many jobs, each with its own layout: starting th
 """
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -100,6 +101,7 @@ def main(jobs_file: str, results_file: str) -> None:
         distributed.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
         results.append(run_job(job))
         distributed.destroy_process_group()
+        gc.collect()  # what still refers to the groups goes in circles
     if rank == 0:
         Path(results_file).write_text(json.dumps([dataclasses.asdict(result) for result in results]))
 
