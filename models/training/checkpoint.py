@@ -177,7 +177,7 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
     """Read and check what a checkpoint says about its run.
 
     Raises:
-        ConfigError: it belongs to another recipe; the message names the keys that differ.
+        ConfigError: it belongs to another recipe, the message names the keys that differ; or weights are all it holds.
     """
     state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
     differing = _differences(state.identity, training_identity(recipe))
@@ -185,6 +185,12 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
         raise ConfigError(
             "the checkpoint belongs to another recipe", where=str(folder), got="; ".join(differing),
             fix="resume with the recipe it was made with, or start a new run",
+        )  # fmt: skip
+    if not state.has_optimizer:
+        raise ConfigError(
+            "the checkpoint holds no optimizer state: a run cannot go on from it", where=str(folder),
+            expected="a checkpoint of a recipe with checkpoint.save_optimizer = true", got="save_optimizer = false",
+            fix="convert it, and start a new run from its weights; set save_optimizer = true where runs are to resume",
         )  # fmt: skip
     return state
 

@@ -28,7 +28,7 @@ from models.training.fsdp2_model import build_adamw, build_sharded, part_of
 from models.training.hf_inputs import hf_inputs, with_blank_media
 from models.training.load_balance import RouterTap, load_balancing_loss
 from models.training.loss import loss_weights
-from models.training.optimizer import build_scheduler
+from models.training.optimizer import build_scheduler, check_optimizer
 from models.training.parallel import LauncherEnvironment, Ranks, start_data_parallel
 from models.training.parameters import PARTS
 from models.training.trace import transformers_points
@@ -200,6 +200,7 @@ def start_engine(
     """Start the ranks, build the model on the meta device, shard it, and fill it from rank 0's copy."""
     check_recipe(recipe)
     ranks = start_data_parallel(recipe, launcher, timeout_s=timeout_s)
+    check_optimizer(recipe, ranks.device)
     return Fsdp2Engine(recipe, architecture, ranks, build_sharded(recipe, architecture, folder, ranks))
 
 

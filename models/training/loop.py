@@ -66,8 +66,6 @@ def train_steps(run: Run, recorder: Recorder | None, stop: StopRequest, watchdog
         times.lap("optimizer")
 
         digest = progress.advance(recipe.train.global_batch_size, whole.keys)
-        if not math.isfinite(loss) or not (update.is_updated or update.is_overflow):
-            handle_non_finite(run, loss, update, whole.keys)
         is_last = progress.iteration == recipe.train.train_iters
         eval_loss = evaluate(run, watchdog) if _is_due(recipe.train.eval_interval, run) else None
         if recorder is not None:
@@ -76,6 +74,8 @@ def train_steps(run: Run, recorder: Recorder | None, stop: StopRequest, watchdog
             row.extra = row.extra | mean_auxiliary([sums for sums, _ in parts])
             row.peak_memory_bytes = max(peak for _, peak in parts)
             recorder.add(row)
+        if not math.isfinite(loss) or not (update.is_updated or update.is_overflow):
+            handle_non_finite(run, loss, update, whole.keys)
         ends_early = not is_last and (whole.stop is not None or progress.iteration == run.last_iteration)
         if _saves_now(recipe, progress.iteration, is_last=is_last, ends_early=ends_early):
             save(run)
@@ -193,6 +193,6 @@ def _saves_now(recipe: Recipe, iteration: int, *, is_last: bool, ends_early: boo
     settings = recipe.checkpoint
     if is_last:
         return settings.save_final
-    if ends_early:
-        return settings.save_interval is not None
+    if ends_early:  # a run that keeps a checkpoint at all must be able to go on
+        return settings.save_final or settings.save_interval is not None
     return settings.save_interval is not None and iteration % settings.save_interval == 0

@@ -97,7 +97,7 @@ def restore(recipe: Recipe, directory: Path, engine: Engine, loader: Any) -> Pro
     if state is None or folder is None:
         return Progress(expected_digests=dropped)
     _check_ledger(state.sample_digests, kept, folder)
-    engine.load(folder, with_optimizer=state.has_optimizer, same_layout=state.layout == ranks.layout)
+    engine.load(folder, with_optimizer=True, same_layout=state.layout == ranks.layout)
     loader.load_state_dict(checkpoints.read_loader_state(folder, recipe, ranks.dp_rank, ranks.dp_size))
     return Progress(
         iteration=state.iteration,

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind when its numbers break, when it is told to stop, or when it cannot go on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.contract.errors import ConfigError, RunError
+from models.contract.recipe import Recipe
+from models.contract.record import read_run_info
+from models.contract.site import Site
+from models.training.checkpoint import FOLDER, TRACKER_FILE
+from models.training.progress import TrainOptions
+from models.training.start import train
+
+MakeRecipe = Callable[..., Recipe]
+Rows = Callable[[Path], list[dict[str, Any]]]
+ENGINES = ["megatron", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def poisoned(site: Site, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint in which one word is not a number: only batches that hold it break."""
+    folder = tmp_path_factory.mktemp("poisoned") / "tiny"
+    shutil.copytree(site.checkpoint("tiny-qwen2_5_vl"), folder)
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    name = "model.embed_tokens.weight"
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][vocabulary["Ġmoves"]] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
+    engine: str, poisoned: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
+) -> None:
+    recipe = make_recipe(train={"engine": engine, "train_iters": 16}, model={"checkpoint": poisoned})
+    with pytest.raises(RunError, match="loss or gradient is not finite") as caught:
+        train(recipe, site, tmp_path / "run", TrainOptions())
+    rows = rows_of(tmp_path / "run")
+    assert rows[-1]["lm_loss"] == "nan"  # the step that broke is on record
+    assert rows[-1]["num_nan_iterations"] == 1
+    assert all(isinstance(row["lm_loss"], float) for row in rows[:-1])
+    [file] = (tmp_path / "run").glob("non_finite_*.json")
+    facts = json.loads(file.read_text())
+    assert facts["iteration"] == rows[-1]["iteration"]
+    assert len(facts["sample_keys"]) == 4
+    assert file.name in str(caught.value)
+    outcome = read_run_info(tmp_path / "run").outcome
+    assert (outcome.status, outcome.iteration) == ("failed", rows[-1]["iteration"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_is_not_finite_is_skipped_when_asked(
+    engine: str, poisoned: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
+) -> None:
+    recipe = make_recipe(
+        train={"engine": engine, "train_iters": 16, "non_finite": "skip"}, model={"checkpoint": poisoned}
+    )
+    assert train(recipe, site, tmp_path / "run", TrainOptions()) == "completed"
+    rows = rows_of(tmp_path / "run")
+    broken = [row["iteration"] for row in rows if row["num_nan_iterations"]]
+    assert 0 < len(broken) < 16
+    assert broken == [row["iteration"] for row in rows if row["num_skipped_iterations"]]
+    # the weights stayed finite: whatever does not hold the word still has a loss
+    assert all(isinstance(row["lm_loss"], float) for row in rows if row["iteration"] not in broken)
+    assert len(list((tmp_path / "run").glob("non_finite_*.json"))) == len(broken)
+
+
+def test_stopping_early_saves_where_a_checkpoint_is_kept_at_all(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    kept = make_recipe(checkpoint={"save_final": True})  # no interval: the end alone would be saved
+    assert train(kept, site, tmp_path / "kept", TrainOptions(stop_after=2)) == "interrupted"
+    assert (tmp_path / "kept" / FOLDER / TRACKER_FILE).read_text() == "2\n"
+    nothing = make_recipe(checkpoint={"save_final": False})
+    assert train(nothing, site, tmp_path / "nothing", TrainOptions(stop_after=2)) == "interrupted"
+    assert not (tmp_path / "nothing" / FOLDER).exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_without_optimizer_states_is_refused(
+    engine: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(train={"engine": engine}, checkpoint={"save_interval": 2, "save_optimizer": False})
+    train(recipe, site, tmp_path / "run", TrainOptions(stop_after=2))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="holds no optimizer state") as caught:
+        train(recipe, site, tmp_path / "run", TrainOptions(is_resume=True))
+    assert "save_optimizer" in str(caught.value)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before  # nothing was lost
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_offload_from_a_cpu_to_a_cpu_is_refused(
+    engine: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(train={"engine": engine}, optimizer={"cpu_offload_fraction": 1.0})
+    with pytest.raises(ConfigError, match="cpu_offload_fraction"):
+        train(recipe, site, tmp_path / "run", TrainOptions())
