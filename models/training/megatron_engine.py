@@ -73,7 +73,10 @@ class MegatronEngine:
         tracker = get_moe_metrics_tracker()
         tracker.clear()
         sums = self._run(batches, forward_only=False)
-        scale = 1.0 / (len(batches) * self.ranks.dp_size * max(1, _num_moe_layers(self.modules[0].config)))
+        num_moe_layers = _num_moe_layers(self.modules[0].config)
+        if not num_moe_layers:  # the tracker belongs to the process and keeps the names of a run before
+            return sums
+        scale = 1.0 / (len(batches) * self.ranks.dp_size * num_moe_layers)
         auxiliary = {name: float(entry.values.sum()) * scale for name, entry in tracker.metrics.items()}
         return dataclasses.replace(sums, auxiliary=auxiliary)
 

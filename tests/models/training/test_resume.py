@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import random
 import select
@@ -31,6 +32,7 @@ from models.training.start import train
 
 MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
+logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[3]
 MARK = "QWEN_HARNESS_TEST_FOLDER"
 """Marks every process that a trainer starts."""
@@ -165,6 +167,10 @@ def test_kills_at_random_moments_change_no_number(
             os.kill(pid, signal.SIGKILL)
         assert set(trainer.wait()) == {-signal.SIGKILL}
         kills += 1
+        logger.info(
+            "%s-%d-tp%d: kill %d after iteration %d, %d saved",
+            engine, num_processes, tp, kills, last_row(cut, rows_of), saved_iteration(cut),
+        )  # fmt: skip
         # the run had at most one save interval, and the step in hand, that are not saved
         assert last_row(cut, rows_of) <= saved_iteration(cut) + SAVE_INTERVAL
     trainer.run(recipe, cut, "--resume")
