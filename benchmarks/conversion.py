@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rate of converting a checkpoint of a published size with random weights, against `cp` of the same bytes.
 
-    python -m benchmarks.conversion --folder /scratch --size qwen2_5_vl_3b
+    python -m benchmarks.conversion --folder /scratch --size qwen2_5_vl_3b --peer /venvs/mcore-bridge/bin/python
 
-Writes about four times the size of the checkpoint into `--folder` and removes it afterwards. `cp` and both directions
-take turns, `--repeats` times each, and medians and bests are compared: the same `cp` varies by more than a factor of
-two on a virtual machine. Both directions run in a process of their own; peak memory is what the kernel says, its
-workers' added up as if they shared nothing. Before each run what it reads lies in the page cache and nothing else of
-ours does, so that work on the same bytes is compared and not the disk's mood. Figures mean something on a machine that
-does nothing else: conversion writes, reads back and compares with two processes, `cp` copies with one. The published
-bridges cannot be timed beside it on a CPU: mcore-bridge 1.6.5 and megatron-bridge 0.6.2 import TransformerEngine before
-anything else.
+Needs three times the size of the checkpoint in `--folder` and removes it afterwards. `cp` and both directions take
+turns in an order that changes from round to round, and each is compared with the `cp` of its own round: the same `cp`
+varies by more than a factor of two on a virtual machine. What is alike for all three, before every run: what it reads
+lies in the page cache and nothing else of ours does; nothing waits to be written to the disk; and as much memory as it
+will write was touched a moment before, since a virtual machine's host hands out memory slowly the first time. None of
+them waits for the disk at its end (no fsync), and what was written is removed before it all reaches the disk, so that
+a disk that allows short bursts only treats all alike. Both directions run in a process of their own; peak memory is
+what the kernel says, its workers' added up as if they shared nothing. Time of the processor is printed as well: it
+stays meaningful on a machine that does something else. Conversion writes, reads back, hashes and compares with several
+processes, `cp` copies with one.
+
+`--peer` names the interpreter of a virtual environment that has mcore-bridge or megatron-bridge; its import of the same
+checkpoint is timed, or why it does not run on this machine is said, in its own words.
 """
 
 import argparse
@@ -23,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -84,21 +90,33 @@ def make_checkpoint(folder: Path, size: str, num_layers: int | None) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def cache_only(kept: Path, root: Path) -> None:
-    """Write back everything, then leave the files under `kept` in the page cache and drop the others under `root`."""
+TOUCH = """
+import mmap, sys
+size = int(sys.argv[1])
+memory = mmap.mmap(-1, size)
+block = b"\\1" * 2**20
+for start in range(0, size, len(block)):
+    memory[start:start + len(block)] = block[:size - start]
+"""
+
+
+def settle(kept: Path, root: Path) -> None:
+    """Make the state that every run starts from: only the files under `kept` in the page cache, memory touched."""
     os.sync()
+    size = 0
     for file in (path for path in root.rglob("*") if path.is_file()):
         with file.open("rb", buffering=0) as stream:
             if kept in file.parents:
+                size += file.stat().st_size
                 while stream.read(2**24):
                     pass
             else:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    subprocess.run([sys.executable, "-c", TOUCH, str(size)], check=True)
 
 
 def time_copy(source: Path, target: Path) -> Run:
     """Time `cp -r`."""
-    cache_only(source, source.parent)
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["cp", "-r", "--reflink=never", str(source), str(target)], check=True)
     elapsed, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -107,44 +125,100 @@ def time_copy(source: Path, target: Path) -> Run:
 
 def time_conversion(direction: str, source: Path, target: Path, workers: int, *arguments: str) -> Run:
     """Time one conversion in a process of its own."""
-    cache_only(source, source.parent)
     command = [direction, str(source), str(target), "--workers", str(workers), *arguments]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, str(workers), *command],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    code, seconds, peak, cpu = done.stdout.strip().splitlines()[-1].split()
-    if code != "0":
-        raise SystemExit(done.stderr)
+    code, *figures = (done.stdout.strip().splitlines() or ["1"])[-1].split()
+    if done.returncode or code != "0":
+        raise SystemExit(f"{direction} failed:\n{done.stderr}")
+    seconds, peak, cpu = figures
     return Run(float(seconds), float(cpu), int(peak))
 
 
 def measure(root: Path, source: Path, workers: int, repeats: int) -> tuple[dict[str, list[Run]], bool]:
     """Runs of `cp` and of both directions in turns, and whether every round trip gave the same files."""
-    runs: dict[str, list[Run]] = {"cp": [], "hf_to_megatron": [], "megatron_to_hf": []}
-    copy, middle, back, same = root / "copy", root / "m", root / "back", True
+    middle, out, same = root / "megatron", root / "out", True
+    time_conversion(
+        "hf-to-megatron", source, middle, workers
+    )  # what the way back reads; also warms everything up
+    actions: dict[str, tuple[Path, Callable[[], Run]]] = {
+        "cp": (source, lambda: time_copy(source, out)),
+        "hf_to_megatron": (source, lambda: time_conversion("hf-to-megatron", source, out, workers)),
+        "megatron_to_hf": (
+            middle,
+            lambda: time_conversion("megatron-to-hf", middle, out, workers, "--hf", str(source)),
+        ),
+    }
+    runs: dict[str, list[Run]] = {name: [] for name in actions}
+    order = list(actions)
     for _ in range(repeats):
-        runs["cp"].append(time_copy(source, copy))
-        shutil.rmtree(copy)
-        runs["hf_to_megatron"].append(time_conversion("hf-to-megatron", source, middle, workers))
-        runs["megatron_to_hf"].append(
-            time_conversion("megatron-to-hf", middle, back, workers, "--hf", str(source))
-        )
-        same &= subprocess.run(["diff", "-rq", str(source), str(back)], check=False).returncode == 0
-        shutil.rmtree(middle)
-        shutil.rmtree(back)
+        for name in order:
+            kept, action = actions[name]
+            settle(kept, root)
+            runs[name].append(action())
+            reference = middle if name == "hf_to_megatron" else source
+            same &= subprocess.run(["diff", "-rq", str(reference), str(out)], check=False).returncode == 0
+            shutil.rmtree(out)
+        order = order[1:] + order[:1]
     return runs, same
 
 
+PEER = """
+import os, resource, sys, time
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29577")
+source, target = sys.argv[1:]
+try:
+    import mcore_bridge
+except ModuleNotFoundError as error:
+    if error.name != "mcore_bridge":
+        raise
+    from megatron.bridge import AutoBridge
+
+    started = time.monotonic()
+    AutoBridge.import_ckpt(source, target)
+else:
+    import torch
+    from megatron.core import mpu
+    from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
+    from transformers import AutoConfig
+
+    torch.distributed.init_process_group("gloo")
+    mpu.initialize_model_parallel()
+    started = time.monotonic()
+    config = ModelConfig(
+        params_dtype=torch.bfloat16, **hf_to_mcore_config(AutoConfig.from_pretrained(source))
+    )
+    config.bridge.load_weights(get_mcore_model(config), source)  # into memory; it writes no Megatron checkpoint
+print(time.monotonic() - started, sum(os.times()[:2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+"""As the projects' own READMEs do it."""
+
+
+def time_peer(python: Path, source: Path, target: Path) -> Run | str:
+    """Time a published bridge's import of the checkpoint, or say why it does not run here."""
+    command = [str(python), "-W", "ignore", "-c", PEER, str(source), str(target)]
+    with (
+        tempfile.TemporaryDirectory() as elsewhere
+    ):  # not in the repository, whose packages would be found first
+        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    seconds, cpu, peak = done.stdout.strip().splitlines()[-1].split()
+    return Run(float(seconds), float(cpu), int(peak))
+
+
 def summarize(runs: list[Run], copies: list[Run]) -> dict[str, Any]:
-    """Median and best of some runs, and as rates relative to those of `cp`."""
-    seconds, reference = [run.seconds for run in runs], [run.seconds for run in copies]
+    """Median and spread of some runs, and of their rates relative to the `cp` of the same round."""
+    seconds = [run.seconds for run in runs]
+    ratios = [copy.seconds / run.seconds for copy, run in zip(copies, runs, strict=True)]
     return {
-        "seconds": seconds, "median_s": median(seconds), "best_s": min(seconds),
-        "median_ratio_to_cp": median(reference) / median(seconds), "best_ratio_to_cp": min(reference) / min(seconds),
+        "seconds": seconds, "median_s": median(seconds), "best_s": min(seconds), "worst_s": max(seconds),
+        "ratios_to_cp": ratios, "median_ratio_to_cp": median(ratios),
         "peak_bytes": max(run.peak_bytes for run in runs), "cpu_s": median(run.cpu_s for run in runs),
     }  # fmt: skip
 
@@ -159,6 +233,9 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, help="cut the decoder")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--peer", type=Path, help="interpreter of an environment with mcore-bridge or megatron-bridge"
+    )
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -166,6 +243,7 @@ def main() -> None:
         root = Path(scratch)
         num_bytes = make_checkpoint(root / "hf", options.size, options.num_layers)
         runs, same = measure(root, root / "hf", options.workers, options.repeats)
+        peer = time_peer(options.peer, root / "hf", root / "peer") if options.peer else None
     result: dict[str, Any] = {
         "size": options.size, "num_bytes": num_bytes, "workers": options.workers,
         "load_average": os.getloadavg()[0], "round_trip_is_equal": same,
@@ -173,11 +251,23 @@ def main() -> None:
     for name, some in runs.items():
         result[name] = row = summarize(some, runs["cp"])
         logger.info(
-            "%s: median %.1f s, best %.1f s, %.0f MB/s; %.0f%% of cp's rate by medians, %.0f%% by bests; "
+            "%s: median %.1f s (%.1f to %.1f), %.0f MB/s; %.0f%% of the rate of its round's cp (%.0f to %.0f%%); "
             "peak %.2f GB, %.1f s of processor time",
-            name, row["median_s"], row["best_s"], num_bytes / row["median_s"] / 1e6, 100 * row["median_ratio_to_cp"],
-            100 * row["best_ratio_to_cp"], row["peak_bytes"] / 1e9, row["cpu_s"],
+            name, row["median_s"], row["best_s"], row["worst_s"], num_bytes / row["median_s"] / 1e6,
+            100 * row["median_ratio_to_cp"], 100 * min(row["ratios_to_cp"]), 100 * max(row["ratios_to_cp"]),
+            row["peak_bytes"] / 1e9, row["cpu_s"],
         )  # fmt: skip
+    if isinstance(peer, Run):
+        result["peer"] = asdict(peer)
+        logger.info(
+            "peer: %.1f s, %.0f MB/s, peak %.2f GB",
+            peer.seconds,
+            num_bytes / peer.seconds / 1e6,
+            peer.peak_bytes / 1e9,
+        )
+    else:
+        result["peer"] = peer
+        logger.info("peer: %s", f"does not run here: {peer}" if peer else "not asked for (--peer)")
     logger.info("%.2f GB; round trip equal: %s", num_bytes / 1e9, same)
     logger.info("load of the machine at the end: %.1f on %d cores", os.getloadavg()[0], os.cpu_count() or 1)
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

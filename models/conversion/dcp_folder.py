@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from models.contract.errors import WeightMappingError
 from models.conversion.checkpoint_folder import check_stamps, read_exactly, stamp
+from models.conversion.recorded_checksums import digest_of, read_checksums
 from models.conversion.regions import Box, row_box
 from models.conversion.tensor_record import RawData, broken_checkpoint, locate
 from models.conversion.tensor_source import TensorSpec
@@ -57,6 +58,9 @@ class DcpFolder:
     """Names of entries that are not tensors."""
     stamps: dict[str, tuple[int, int]]
     """Size and modification time of each file when it was opened."""
+    digests: dict[tuple[str, int], str] = field(default_factory=dict)
+    """By file and first byte: the recorded hash of each chunk's record, which reading compares."""
+    _last: threading.local = field(default_factory=threading.local)
     _handles: dict[str, int] = field(default_factory=dict)
     _raw: dict[tuple[str, int], RawData | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -107,8 +111,9 @@ class DcpFolder:
     def replaced(self, specs: dict[str, TensorSpec], chunks: dict[str, tuple[Chunk, ...]]) -> "DcpFolder":
         """The same files with other names for their tensors. It is closed with this one."""
         return DcpFolder(
-            self.folder, specs, chunks, self.objects, self.stamps, self._handles, self._raw, self._lock
-        )
+            self.folder, specs, chunks, self.objects, self.stamps, self.digests,
+            self._last, self._handles, self._raw, self._lock,
+        )  # fmt: skip
 
     def check_unchanged(self) -> None:
         """Raise WeightMappingError if a file was replaced or written to since it was opened."""
@@ -116,13 +121,36 @@ class DcpFolder:
 
     def _chunk_rows(self, name: str, chunk: Chunk, start: int, stop: int) -> torch.Tensor:
         raw = self._raw_data(name, chunk)
+        recorded = self.digests.get((chunk.file, chunk.offset))
         if raw is None:  # an unusual record (a view, a compressed file): let torch read all of it
             record = self._bytes(chunk.file, chunk.offset, chunk.length).numpy().tobytes()
             whole = torch.load(io.BytesIO(record), weights_only=True)
             return whole[start:stop] if chunk.box.size else whole.reshape(1)
         row = math.prod(raw.shape[1:]) * raw.dtype.itemsize
-        data = self._bytes(chunk.file, raw.offset + start * row, (stop - start) * row)
+        if recorded is None:
+            data = self._bytes(chunk.file, raw.offset + start * row, (stop - start) * row)
+        else:
+            first = raw.offset - chunk.offset + start * row
+            data = self._checked_record(name, chunk, recorded)[first : first + (stop - start) * row]
         return data.view(raw.dtype).reshape(stop - start, *raw.shape[1:])
+
+    def _checked_record(self, name: str, chunk: Chunk, recorded: str) -> torch.Tensor:
+        """A chunk's whole record, if its bytes are still those that were written.
+
+        The last one is kept: heads and query groups are many small parts of one chunk.
+        """
+        key = (chunk.file, chunk.offset)
+        if getattr(self._last, "key", None) != key:
+            self._last.key = self._last.record = None  # its memory serves the next one
+            record = self._bytes(chunk.file, chunk.offset, chunk.length)
+            if digest_of(memoryview(record.numpy())) != recorded:
+                raise WeightMappingError(
+                    "a checkpoint's bytes are not those that were written", where=f"{self.folder / chunk.file}: {name}",
+                    expected=f"hash {recorded} of bytes {chunk.offset} to {chunk.offset + chunk.length - 1}",
+                    fix="use a good copy, or convert again; `convert verify FOLDER` lists all that changed",
+                )  # fmt: skip
+            self._last.key, self._last.record = key, record
+        return self._last.record
 
     def _raw_data(self, name: str, chunk: Chunk) -> RawData | None:
         key = (chunk.file, chunk.offset)
@@ -152,8 +180,12 @@ class DcpFolder:
         return data
 
 
-def open_dcp(folder: Path) -> DcpFolder:
+def open_dcp(folder: Path, *, check_bytes: bool = True) -> DcpFolder:
     """Open one iteration's folder of a sharded checkpoint.
+
+    Args:
+        folder: Where its metadata is.
+        check_bytes: Compare what is read with the checksums that a conversion recorded, if it did.
 
     Raises:
         WeightMappingError: there is no readable metadata, files are missing or cut off, or chunks leave holes.
@@ -196,7 +228,9 @@ def open_dcp(folder: Path) -> DcpFolder:
             raise broken_checkpoint(
                 f"{folder}: {name}", f"{math.prod(specs[name].shape)} elements", f"{covered} in its chunks"
             )
-    return DcpFolder(folder, specs, chunks, tuple(objects), stamps)
+    recorded = (read_checksums(folder) if check_bytes else None) or {}
+    digests = {(name, start): digest for name, ranges in recorded.items() for start, _, digest in ranges}
+    return DcpFolder(folder, specs, chunks, tuple(objects), stamps, digests)
 
 
 def model_weights(folder: DcpFolder) -> DcpFolder:

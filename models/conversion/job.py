@@ -23,6 +23,8 @@ from models.contract.errors import ConfigError, HarnessError, RunError
 from models.conversion.workers import Advance, for_each
 
 PLAN_FILE = "plan.json"
+PLAN_FORMAT = 2
+"""Of the journal's entries: what another version left half-done is not continued."""
 JOURNAL = "journal"
 SPACE_MARGIN = 64 * 2**20
 """Bytes asked for beyond the tensors: headers, metadata, copied files."""
@@ -213,7 +215,7 @@ def _plan(job: Job) -> dict[str, Any]:
     files = [
         [file.path, [[s.name, s.start, s.stop] for s in file.spans], file.num_bytes] for file in job.files
     ]
-    return json.loads(json.dumps({"identity": job.identity, "files": files}))
+    return json.loads(json.dumps({"format": PLAN_FORMAT, "identity": job.identity, "files": files}))
 
 
 def _read_plan(file: Path) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import xxhash
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -27,6 +28,7 @@ from models.contract.errors import RunError
 from models.conversion.checkpoint_folder import DTYPE_NAMES
 from models.conversion.dcp_folder import METADATA_FILE
 from models.conversion.job import OutputFile, Span
+from models.conversion.recorded_checksums import write_checksums
 from models.conversion.tensor_source import TensorSource, TensorSpec
 from models.conversion.workers import Advance
 
@@ -85,7 +87,7 @@ def plan_sharded(specs: Mapping[str, TensorSpec], folder: str) -> tuple[OutputFi
 
 
 def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: Advance) -> dict[str, Any]:
-    """Write one file of a sharded checkpoint; the journal entry says where each chunk is."""
+    """Write one file of a sharded checkpoint; the journal entry says where each chunk is, and its hash."""
     records = []
     with path.open("w+b", buffering=0) as stream:
         for span in file.spans:
@@ -99,7 +101,10 @@ def write_sharded(file: OutputFile, path: Path, source: TensorSource, advance: A
             archive.close()
             if archive.error is not None:
                 raise archive.error
-            records.append([span.name, span.start, list(tensor.shape), offset, stream.tell() - offset])
+            length = stream.tell() - offset
+            records.append(
+                [span.name, span.start, list(tensor.shape), offset, length, archive.digest.hexdigest()]
+            )
             advance(tensor.nbytes)
     return {"records": records}
 
@@ -111,6 +116,8 @@ def write_metadata(
     objects: Mapping[str, Any],
 ) -> None:
     """Write what makes a folder of chunk files a sharded checkpoint: the objects' file and the metadata.
+
+    `record_checksums` comes last, when everything else is in the folder.
 
     Args:
         folder: Where the chunk files are.
@@ -124,7 +131,7 @@ def write_metadata(
         properties = TensorProperties(dtype=spec.dtype)
         states[name] = TensorStorageMetadata(properties=properties, size=torch.Size(spec.shape), chunks=[])
     for file, entry in entries.items():
-        for name, start, shape, offset, length in entry["records"]:
+        for name, start, shape, offset, length, _ in entry["records"]:
             offsets = torch.Size((start, *(0 for _ in shape[1:]))) if shape else torch.Size(())
             states[name].chunks.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(shape)))
             storage[MetadataIndex(name, offsets)] = _StorageInfo(file, offset, length)
@@ -138,6 +145,15 @@ def write_metadata(
     metadata = Metadata(state_dict_metadata=states, storage_data=storage)
     with (folder / METADATA_FILE).open("wb") as stream:
         pickle.dump(metadata, stream)
+
+
+def record_checksums(folder: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    """Write the checksums of a finished folder; `entries` as in :func:`write_metadata`."""
+    chunks = {
+        file: [(offset, length, digest) for *_, offset, length, digest in entry["records"]]
+        for file, entry in entries.items()
+    }
+    write_checksums(folder, chunks)
 
 
 def plan_safetensors(
@@ -195,6 +211,7 @@ class _CheckedStream:
         self.stream, self.path = stream, path
         self.error: OSError | RunError | None = None
         self.small = bytearray()
+        self.digest = xxhash.xxh3_64()
 
     def write(self, data: Any) -> int:
         """Take bytes; write large ones at once."""
@@ -216,6 +233,7 @@ class _CheckedStream:
 
     def _write(self, view: memoryview) -> None:
         if self.error is None:
+            self.digest.update(view)
             try:
                 _write_checked(self.stream, view, self.path)
             except (OSError, RunError) as error:

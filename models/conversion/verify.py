@@ -179,7 +179,8 @@ def _open_both(
                 stack.enter_context(source.checkpoint)
                 opened.append(source)
             else:
-                opened.append(model_weights(stack.enter_context(open_dcp(find_iteration(folder)))))
+                megatron = open_dcp(find_iteration(folder), check_bytes=False)  # differences are to be listed
+                opened.append(model_weights(stack.enter_context(megatron)))
         tables = [source for source in opened if isinstance(source, Source)]
         if len(tables) == 1:
             table = tables[0]

@@ -7,6 +7,7 @@ for each other's interpreter lock.
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -67,6 +68,7 @@ def for_each[T](
             raise
 
     reported = 0
+    gc.freeze()  # or each worker walks, and so copies, everything that the caller's imports left in memory
     with _interrupts(stop) as interrupts:
         # A thread even for one worker: nothing may interrupt torch half-way through a file that it writes.
         pool = (
@@ -89,6 +91,7 @@ def for_each[T](
         finally:
             stop.value = 1
             pool.shutdown(wait=True, cancel_futures=True)
+            gc.unfreeze()
         if interrupts:  # at the very end: what is done is kept, but nothing goes on after Ctrl-C
             raise KeyboardInterrupt
 

@@ -26,7 +26,9 @@ from models.contract.errors import ConfigError, HarnessError
 from models.conversion import convert as conversions
 from models.conversion import dcp
 from models.conversion.convert import Options, Summary
+from models.conversion.dcp_folder import find_iteration
 from models.conversion.progress import byte_progress
+from models.conversion.recorded_checksums import check_recorded
 from models.conversion.tensor_source import few
 from models.conversion.tiny import Init, write_tiny_checkpoint
 from models.conversion.tiny_config import sized_config
@@ -217,7 +219,13 @@ def megatron_to_dcp(
 @app.command()
 def verify(
     left: Annotated[Path, typer.Argument(help="what is expected: HF folder or torch_dist checkpoint")],
-    right: Annotated[Path, typer.Argument(help="what is checked: HF folder or torch_dist checkpoint")],
+    right: Annotated[
+        Path | None,
+        typer.Argument(
+            help="what is checked: HF folder or torch_dist checkpoint; without it LEFT is compared with the "
+            "checksums that its conversion recorded"
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="write the JSON report here (a report shows conversion.json)")
     ] = None,
@@ -241,7 +249,11 @@ def verify(
     Examples:
       convert verify checkpoints/Qwen3-VL-8B out/8b-exported --out reports/conversion.json
       convert verify checkpoints/Qwen3-VL-8B checkpoints/Qwen3-VL-8B-megatron --logits
+      convert verify checkpoints/Qwen3-VL-8B-megatron
     """  # noqa: D301 - \b is typer's mark for a block that is not re-wrapped
+    if right is None:
+        _verify_recorded(left, out, workers, needs_right=cast or logits or expert_layout is not None)
+        return
     with byte_progress("comparing") as (start, advance):
         report = compare(
             left, right, workers=workers, experts=expert_layout, cast=cast, on_start=start, advance=advance
@@ -252,14 +264,42 @@ def verify(
 
         report["logits"] = [asdict(row) for row in verify_logits(left, right)]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial.replace(out)
+        _write_report(report, out)
     for line in report_lines(report):
         typer.echo(line)
     if not report["is_equal"] or not all(row["is_close"] for row in report["logits"]):
         raise typer.Exit(1)
+
+
+def _verify_recorded(folder: Path, out: Path | None, workers: int, *, needs_right: bool) -> None:
+    """Compare a checkpoint with the checksums that its conversion recorded."""
+    if needs_right:
+        raise ConfigError(
+            "RIGHT is missing", where="verify", got="--cast, --logits or --expert-layout with one checkpoint",
+            fix="give the checkpoint to compare with, or leave these options out",
+        )  # fmt: skip
+    with byte_progress("hashing") as (start, advance):
+        report = check_recorded(find_iteration(folder), workers=workers, on_start=start, advance=advance)
+    if out is not None:
+        _write_report(report, out)
+    num_bad = len(report["different"])
+    typer.echo(
+        f"{report['num_ranges'] - num_bad} of {report['num_ranges']} recorded checksums hold "
+        f"({report['num_files']} files, {report['num_bytes'] / 1e9:.3f} GB)"
+    )
+    for row in report["different"][:10]:
+        typer.echo(f"different   {row['name']}: {row['detail']}")
+    if report["unexpected"]:
+        typer.echo(f"unexpected  {len(report['unexpected'])}: {few(report['unexpected'])}")
+    if not report["is_equal"]:
+        raise typer.Exit(1)
+
+
+def _write_report(report: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.replace(out)
 
 
 @app.command()

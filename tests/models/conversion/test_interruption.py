@@ -42,7 +42,9 @@ def run(what: str, whom: str, count: int, *arguments: object) -> subprocess.Comp
             env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
-            code = process.wait(timeout=60)
+            code = process.wait(
+                timeout=300
+            )  # a guard against hanging; starting takes a minute on a busy machine
             deadline = time.monotonic() + 10
             while alive(process.pid) and time.monotonic() < deadline:
                 time.sleep(0.05)
