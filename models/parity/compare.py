@@ -17,6 +17,7 @@ from models.common.multimodal import MultimodalModel
 from models.common.weight_rules import WeightRule
 from models.parity.cases import Case
 from models.parity.oracles import named_tensors
+from models.parity.routing import Routing, recorded_oracle
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,15 @@ class Reference:
     """[b, s], zero where ignored."""
     gradients: dict[str, Tensor]
     """Gradient of the mean token loss, by Megatron key, global shapes."""
+    routing: Routing = ()
+    """Experts of every position, see :mod:`models.parity.routing`; empty for dense models."""
 
 
 def run_oracle(name: str, model: PreTrainedModel, case: Case, rules: tuple[WeightRule, ...]) -> Reference:
     """Logits, losses and the gradient of every mapped parameter, from transformers."""
     model.zero_grad()
-    logits = model(**case.hf_inputs).logits
+    with recorded_oracle(model) as routing:
+        logits = model(**case.hf_inputs).logits
     labels = case.batch.labels
     assert labels is not None
     losses = F.cross_entropy(
@@ -45,7 +49,8 @@ def run_oracle(name: str, model: PreTrainedModel, case: Case, rules: tuple[Weigh
         key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for key, parameter in model.named_parameters()
     }
-    return Reference(logits.detach(), losses.detach(), to_megatron(named_tensors(name, gradients), rules))
+    mapped = to_megatron(named_tensors(name, gradients), rules)
+    return Reference(logits.detach(), losses.detach(), mapped, tuple(routing))
 
 
 def to_megatron(tensors: Mapping[str, Tensor], rules: tuple[WeightRule, ...]) -> dict[str, Tensor]:
