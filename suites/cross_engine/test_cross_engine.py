@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two engines that share no model code train alike: same recipe, data and weights on Megatron and on FSDP2.
 
-The case is the FSDP2 run; its partner is the recipe beside it that differs in `train.engine` alone.
+The case is the FSDP2 run; its partner is the recipe beside it that differs in `train.engine` alone. The recipes are
+calm: from weights moved by one float, two runs of one engine end as near to each other as the two engines do
+(`python -m benchmarks.rounding RECIPE`).
 """
 
 from collections.abc import Callable
@@ -11,10 +13,12 @@ from harness.partner import judge_against, partner_of, step_gaps
 from harness.session import CaseResult, SessionOptions
 
 NUM_PAIRED = 20
-FIRST_LOSS_GAP = {"fp32": 2e-6, "bf16": 2e-3}
+FIRST_LOSS_GAP = {"fp32": 5e-7, "bf16": 2e-3}
 """Largest relative gap of the first loss. fp32, measured worst over the four tiny families: 3e-8."""
-PAIRED_GAP = {"fp32": 1e-4, "bf16": 2e-2}
-"""Largest relative gap over the first twenty losses; rounding grows from step to step."""
+PAIRED_GAP = {"fp32": 5e-6, "bf16": 2e-2}
+"""Largest relative gap over the first twenty losses; rounding grows from step to step. fp32, measured worst over the
+four tiny families: 2e-7; of nine planted differences (tests/suites/test_cross_engine.py) the smallest, ten times the
+weight decay, reaches 4e-5."""
 
 Results = Callable[[Case], list[CaseResult]]
 
