@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.contract.errors import ConfigError, HarnessError, RunError, WeightMappingError
-from models.conversion import job, sinks
+from models.conversion import convert, job, sinks
 from models.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from models.conversion.dcp_folder import open_dcp
 from models.conversion.tensor_source import TensorSpec
@@ -451,3 +451,55 @@ def test_blocks_of_both_halves_of_a_joined_tensor_are_cut_at_the_same_rows(rows:
         assert all((stop - start) * columns * 2 <= sinks.BLOCK_BYTES for start, stop in blocks)
     starts = {start for start, _ in spans[1]}
     assert rows % 2 or {shift + start for start, _ in spans[0] for shift in (0, rows)} == starts
+
+
+def test_second_conversion_to_the_same_target_is_refused_and_does_no_harm(source, tmp_path) -> None:
+    refused = []
+
+    def second(_: int) -> None:
+        if not refused:
+            with pytest.raises(ConfigError, match="another process is writing") as error:
+                hf_to_megatron(source, tmp_path / "m", Options(workers=1))
+            refused.append(error)
+
+    assert hf_to_megatron(source, tmp_path / "m", Options(workers=1, advance=second)).complete
+    assert refused
+    megatron_to_hf(tmp_path / "m", tmp_path / "hf", source, Options())
+    assert same_files(source, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("part", ["talker.", "code2wav."])
+def test_export_that_changes_an_untouched_tensor_is_refused(coded, tmp_path, monkeypatch, part) -> None:
+    source = coded["qwen3_omni", True]
+    hf_to_megatron(source, tmp_path / "m", Options())
+    write = convert.write_safetensors
+
+    def changing(file, path, tensors, header, advance) -> dict:
+        entry = write(file, path, tensors, header, advance)
+        places = json.loads(header)
+        for name in [name for name in places if name.startswith(part)][:1]:
+            data = bytearray(path.read_bytes())
+            data[8 + len(header) + places[name]["data_offsets"][0]] ^= 1
+            path.write_bytes(data)
+        return entry
+
+    monkeypatch.setattr(convert, "write_safetensors", changing)
+    with pytest.raises(WeightMappingError, match=f"training does not touch changed(.|\n)*{part}"):
+        megatron_to_hf(tmp_path / "m", tmp_path / "hf", source, Options(workers=1))
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", ["inf", "-inf", "nan", "-nan"])
+def test_every_kind_of_value_that_is_not_finite_is_found(dtype, bad) -> None:
+    largest = torch.finfo(dtype).max
+    healthy = torch.tensor([[0.0, -0.0, largest], [-largest, 1.0, torch.finfo(dtype).tiny]], dtype=dtype)
+    assert convert.is_finite(healthy)
+    assert convert.is_finite(healthy[:0])
+    assert convert.is_finite(healthy[0, 0])
+    value = torch.tensor(float(bad.lstrip("-")), dtype=dtype)
+    for place in ((0, 0), (1, 2)):
+        broken = healthy.clone()
+        broken[place] = torch.copysign(value, torch.tensor(-1.0 if bad[0] == "-" else 1.0, dtype=dtype))
+        assert not convert.is_finite(broken)
+        assert not convert.is_finite(broken.T)
