@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from models.common.weight_rules import (
     ExpertLayout,
@@ -26,6 +27,11 @@ class NameLayout:
     vision: str
     lm_head: str
     experts: ExpertLayout = "fused"
+
+    @property
+    def root(self) -> str:
+        """What all names of the trained model begin with: `thinker.`, or nothing."""
+        return commonprefix([self.text, self.vision, self.lm_head])  # noqa: RUF071 - names, not paths
 
     def __str__(self) -> str:
         return f"decoder at {self.text}*, vision at {self.vision}*, experts {self.experts}"

@@ -14,9 +14,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 DCP_CONVERTERS = {
     "Qwen3VLConverter": "2025",
     "GenericDCPConverter": "2026",
-    "ExpertMergeDcpConverter": "2026",
+    "ExpertMergeDcpConverter": "2025",
 }
-"""Converters that write DCP, and how they name tensors."""
+"""Converters that write DCP, and how they name tensors where no flag says otherwise."""
 LEGACY_CONVERTERS = (
     "Qwen3VLMegatronConverter",
     "Qwen2_5_VLConverter",
@@ -101,12 +101,22 @@ def mm_convert(arguments: Sequence[str]) -> list[str]:
                 fix="leave it out: names and layout are told by the checkpoint",
             )  # fmt: skip
     if method == "hf_to_dcp":
-        target = "save_dir" if converter == "ExpertMergeDcpConverter" else "dcp_dir"
+        merges = converter == "ExpertMergeDcpConverter"
+        target = "save_dir" if merges else "dcp_dir"
         style = DCP_CONVERTERS[converter]
         if "dcp_prefix" in flags:
             style = PREFIX_STYLES[_choice(flags, "dcp_prefix", tuple(PREFIX_STYLES))]
         tied = ["--tie-weight"] if _is_tied(flags) else []
-        return ["hf-to-dcp", _needed(flags, "hf_dir"), _needed(flags, target), "--style", style, *tied]
+        merged = ["--merge-experts"] if merges else []
+        return [
+            "hf-to-dcp",
+            _needed(flags, "hf_dir"),
+            _needed(flags, target),
+            "--style",
+            style,
+            *tied,
+            *merged,
+        ]
     merged = converter == "ExpertMergeDcpConverter"
     source, template = ("dcp_dir", "hf_dir") if merged else ("load_dir", "model_assets_dir")
     return ["dcp-to-hf", _needed(flags, source), _needed(flags, "save_dir"), "--hf", _needed(flags, template)]

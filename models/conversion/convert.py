@@ -271,18 +271,19 @@ def as_template(megatron: TensorSource, template: Source, dtype: torch.dtype | N
         for name, spec in stored.items()
     }
     mapped = {name: spec for name, spec in specs.items() if name not in template.untouched}
-    kept = _Only(template.checkpoint, {name: stored[name] for name in template.untouched})
+    kept = Only(template.checkpoint, {name: stored[name] for name in template.untouched})
     return Joined((AsHf(megatron, template.rules, mapped), kept), specs)
 
 
 @dataclass(frozen=True, slots=True)
-class _Only:
+class Only:
     """Some tensors of a source."""
 
     inner: TensorSource
     specs: dict[str, TensorSpec]
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows as the source has them."""
         return self.inner.read(name, start, stop)
 
 

@@ -157,6 +157,12 @@ def hf_to_dcp(
     target: Annotated[Path, typer.Argument(help="folder to make")],
     style: DcpStyle = "2025",
     tie_weight: TieWeight = False,
+    merge_experts: Annotated[
+        bool,
+        typer.Option(
+            "--merge-experts", help="merge experts stored one by one (Qwen3-Omni), as ExpertMergeDcpConverter"
+        ),
+    ] = False,
     *,
     options: Options,
 ) -> Summary:
@@ -164,7 +170,9 @@ def hf_to_dcp(
 
     Example: convert hf-to-dcp checkpoints/Qwen3-VL-8B checkpoints/Qwen3-VL-8B-dcp --style 2026
     """
-    return dcp.hf_to_dcp(source, target, options, style=style, tie_weight=tie_weight)
+    return dcp.hf_to_dcp(
+        source, target, options, style=style, tie_weight=tie_weight, merge_experts=merge_experts
+    )
 
 
 @conversion

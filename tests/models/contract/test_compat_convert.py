@@ -47,7 +47,14 @@ def test_run_8xh20_refuses_what_the_script_would_not_take(arguments, words) -> N
             '--tie_weight_mapping {"lm_head.weight":"model.embed_tokens.weight"}',
             "hf-to-dcp h d --style 2026 --tie-weight",
         ),
-        ("ExpertMergeDcpConverter hf_to_dcp --hf_dir h --save_dir d", "hf-to-dcp h d --style 2026"),
+        (
+            "ExpertMergeDcpConverter hf_to_dcp --hf_dir h --save_dir d",
+            "hf-to-dcp h d --style 2025 --merge-experts",
+        ),
+        (
+            "ExpertMergeDcpConverter hf_to_dcp --hf_dir h --save_dir d --dcp_prefix=",
+            "hf-to-dcp h d --style 2026 --merge-experts",
+        ),
         ("ExpertMergeDcpConverter dcp_to_hf --hf_dir h --dcp_dir d --save_dir o", "dcp-to-hf d o --hf h"),
     ],
 )

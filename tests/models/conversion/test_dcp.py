@@ -9,10 +9,12 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 from safetensors.torch import load_file
 
-from models.contract.errors import WeightMappingError
+from models.contract.errors import ConfigError, WeightMappingError
 from models.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from models.conversion.dcp import dcp_to_hf, dcp_to_megatron, hf_to_dcp, megatron_to_dcp
+from models.conversion.dcp_folder import open_dcp
 from models.conversion.tiny import write_tiny_checkpoint
+from models.conversion.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*", "ignore::FutureWarning:torch.*")
 PREFIX = {"2025": "model.model.", "2026": "model."}
@@ -98,3 +100,35 @@ def test_tied_output_layer_is_stored_on_demand(tmp_path) -> None:
     assert "model.model.lm_head.weight" in metadata
     dcp_to_hf(tmp_path / "d", tmp_path / "hf", source, Options())
     assert same(source, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("style", "prefix"), [("2025", "model.model."), ("2026", "model.")])
+def test_merged_experts_are_as_mindspeed_has_them_and_come_back(tmp_path, style, prefix) -> None:
+    source = write_tiny_checkpoint(tmp_path / "hf", "qwen3_omni", init="coded", dtype=torch.bfloat16)
+    hf_to_dcp(source, tmp_path / "dcp", Options(), style=style, merge_experts=True)
+    stored = {name: value for file in source.glob("*.safetensors") for name, value in load_file(file).items()}
+    merged = [f"{prefix}model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    with open_dcp(tmp_path / "dcp" / "release") as folder:
+        assert not [name for name in folder.specs if "thinker." in name]
+        talker = [name for name in folder.specs if name.startswith(f"{prefix}talker.")]
+        assert len(talker) == len([name for name in stored if name.startswith("talker.")])
+        up, down = (folder.read(name, 0, folder.specs[name].num_rows) for name in merged)
+    experts = "thinker.model.layers.1.mlp.experts."
+    for expert in range(len(up)):
+        gate, other, last = (
+            stored[f"{experts}{expert}.{part}_proj.weight"] for part in ("gate", "up", "down")
+        )
+        assert torch.equal(up[expert], torch.cat([gate, other]).T)
+        assert torch.equal(down[expert], last.T)
+    dcp_to_hf(tmp_path / "dcp", tmp_path / "back", source, Options())
+    names = [file.name for file in source.iterdir()]
+    assert filecmp.cmpfiles(source, tmp_path / "back", names, shallow=False)[1:] == ([], [])
+    dcp_to_megatron(tmp_path / "dcp", tmp_path / "m", source, Options())
+    assert verify(source, tmp_path / "m")["is_equal"]
+
+
+def test_nothing_to_merge_is_said(tmp_path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "hf", "qwen3_vl", moe=True, init="coded")
+    with pytest.raises(ConfigError, match="no experts to merge"):
+        hf_to_dcp(source, tmp_path / "dcp", Options(), merge_experts=True)
+    assert not (tmp_path / "dcp").exists()
