@@ -17,7 +17,7 @@ def check_run(recipe: Recipe, *, hardware: str | None = None) -> list[LayoutProb
         recipe: What would run.
         hardware: Hardware class it would run on; None leaves the rules about devices out.
     """
-    problems = [*_batches(recipe), *_optimizer(recipe), *_fsdp2(recipe)]
+    problems = [*_batches(recipe), *_evaluation(recipe), *_optimizer(recipe), *_fsdp2(recipe)]
     return [*problems, *_cpu(recipe)] if hardware == "cpu" else problems
 
 
@@ -38,6 +38,21 @@ def _batches(recipe: Recipe) -> Iterator[LayoutProblem]:
         yield LayoutProblem(
             rule="min_pixels must not be above max_pixels", where="data.min_pixels",
             got=f"{data.min_pixels} and {data.max_pixels}", fix="exchange them",
+        )  # fmt: skip
+
+
+def _evaluation(recipe: Recipe) -> Iterator[LayoutProblem]:
+    interval, samples = recipe.train.eval_interval, recipe.train.eval_samples
+    if interval is not None and not samples:
+        yield LayoutProblem(
+            rule="an evaluation needs samples", where="train.eval_samples", got=f"0 with eval_interval = {interval}",
+            fix="say how many held-out samples, or leave eval_interval out",
+        )  # fmt: skip
+    if interval is None and (samples or recipe.data.eval_dataset):
+        yield LayoutProblem(
+            rule="held-out samples are for evaluations", where="train.eval_interval",
+            got=f"none with eval_samples = {samples}, eval_dataset = {recipe.data.eval_dataset}",
+            fix="set it, or leave the others out",
         )  # fmt: skip
 
 
