@@ -14,7 +14,7 @@ def evaluate(run: Run, watchdog: Watchdog) -> float:
     """Held-out loss over the first `eval_samples` samples, the same ones at every call.
 
     Raises:
-        DataError: the held-out set is smaller than one micro-batch of every rank.
+        DataError: the held-out set is smaller than what was asked for.
     """
     recipe, ranks = run.recipe, run.engine.ranks
     loader = build_loader(
@@ -28,11 +28,15 @@ def evaluate(run: Run, watchdog: Watchdog) -> float:
         watchdog.beat()
         parts.append(run.engine.evaluate([batch]))
     everyone = ranks.exchange(parts)
-    if not all(everyone) or len({len(parts) for parts in everyone}) > 1:
+    # How many packs the samples make is not known before.
+    least = 1 if recipe.data.packing else num_microbatches
+    found = [len(parts) for parts in everyone]
+    if min(found) < least or len(set(found)) > 1:
         raise DataError(
-            "the held-out set does not fill one micro-batch of every rank",
+            "the held-out set is exhausted",
             where=recipe.data.eval_dataset or recipe.data.dataset,
-            expected=f"at least {per_call} samples",
+            expected=f"{least * per_call} samples",
+            got=str(min(found) * per_call),
             fix="lower eval_samples or add held-out samples",
         )
     return mean_loss([sums for parts in everyone for sums in parts])

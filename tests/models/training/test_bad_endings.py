@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.contract.errors import ConfigError, RunError
+from models.contract.errors import ConfigError, DataError, RunError
 from models.contract.recipe import Recipe
 from models.contract.record import read_run_info
 from models.contract.site import Site
@@ -106,3 +106,13 @@ def test_offload_from_a_cpu_to_a_cpu_is_refused(
     recipe = make_recipe(train={"engine": engine}, optimizer={"cpu_offload_fraction": 1.0})
     with pytest.raises(ConfigError, match="cpu_offload_fraction"):
         train(recipe, site, tmp_path / "run", TrainOptions())
+
+
+def test_a_held_out_set_that_ends_too_soon_is_refused(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(train={"eval_interval": 2, "eval_samples": 64})
+    with pytest.raises(DataError, match="held-out set is exhausted") as caught:
+        train(recipe, site, tmp_path / "run", TrainOptions())
+    assert "64 samples" in str(caught.value)
+    assert "got:      16" in str(caught.value)
