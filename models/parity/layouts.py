@@ -8,6 +8,7 @@ One start of the processes runs many jobs, each with its own layout: starting th
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import sys
@@ -95,20 +96,22 @@ def main(jobs_file: str, results_file: str) -> None:
         enable_cpu()
     store, rank, world_size = next(distributed.rendezvous("env://"))
     results = []
-    for number, job in enumerate(jobs):
-        # Groups are taken down after every job: each keeps threads that poll, and a layout has dozens of groups.
-        own_store = distributed.PrefixStore(f"job{number}", store)
+    for number, (settings, same) in enumerate(itertools.groupby(jobs, key=lambda job: job.settings)):
+        # Groups are taken down after every layout: each keeps threads that poll, and a layout has dozens of groups.
+        own_store = distributed.PrefixStore(f"layout{number}", store)
         distributed.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
-        results.append(run_job(job))
+        groups = start_groups(settings)
+        results += [run_job(job, groups) for job in same]
+        parallel_state.destroy_model_parallel()
+        del groups
         distributed.destroy_process_group()
         gc.collect()  # what still refers to the groups goes in circles
     if rank == 0:
         Path(results_file).write_text(json.dumps([dataclasses.asdict(result) for result in results]))
 
 
-def run_job(job: Job) -> Result:
-    """Run one job on the processes there are."""
-    groups = start_groups(job.settings)
+def run_job(job: Job, groups: ProcessGroupCollection) -> Result:
+    """Run one job in its layout's groups, see :func:`start_groups`."""
     chunks = build_chunks(job, groups)
     batches = job.batches[groups.dp.rank()]
     logits_error = _logits_error(chunks, job, groups) if job.logits else None
@@ -120,7 +123,6 @@ def run_job(job: Job) -> Result:
     )
     distributed.all_reduce(total, group=groups.dp_cp)
     result = _compare(job, chunks, total)
-    parallel_state.destroy_model_parallel()
     for chunk in chunks:
         # A token dispatcher keeps a piece of the graph, whose end has the hooks through which the wrapper holds all of
         # this: a circle that Python's collector does not see. Emptying the wrapper opens it.

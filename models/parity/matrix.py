@@ -163,6 +163,7 @@ def measure(
         RunError: the processes failed.
     """
     named = list(_jobs(model, num_processes, modalities or tuple(modalities_of(model))))
+    named.sort(key=lambda item: item[1].name)  # a layout's process groups are made once
     results = run_jobs(
         [job for _, job in named], num_processes=num_processes, folder=folder, timeout_s=timeout_s
     )

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch import distributed
 
+from models.parity import layouts
 from models.parity.jobs import make_jobs
-from models.parity.layouts import Job, Result, run_job
+from models.parity.layouts import Job, Result
 from models.parity.matrix import LIMITS
 from models.training.cpu import cpu_megatron
 
@@ -21,7 +23,13 @@ def one_process() -> Iterator[None]:
     with cpu_megatron():
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         yield
+        parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
+
+
+def run_job(job: Job) -> Result:
+    parallel_state.destroy_model_parallel()
+    return layouts.run_job(job, layouts.start_groups(job.settings))
 
 
 def job(**changes: Any) -> Job:

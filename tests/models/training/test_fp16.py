@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fp16 with loss scaling through Megatron's optimizer: overflows are skipped and halve the scale, steps follow fp32."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.core.optimizer import OptimizerConfig
+
+from models.contract.recipe import Recipe
+from models.contract.site import Site
+from models.training import optimizer
+from models.training.progress import TrainOptions
+from models.training.start import train
+
+MakeRecipe = Callable[..., Recipe]
+Rows = Callable[[Path], list[dict[str, Any]]]
+OPTIMIZER = {"lr_warmup_iters": 0, "lr": 1e-3, "min_lr": 1e-3}
+HYSTERESIS = 2
+"""Overflow in a row at which Megatron's scaler begins to halve the scale."""
+
+
+def run(recipe: Recipe, site: Site, folder: Path, rows_of: Rows) -> list[dict[str, Any]]:
+    assert train(recipe, site, folder, TrainOptions()) == "completed"
+    return rows_of(folder)
+
+
+def check_scaling(rows: list[dict[str, Any]]) -> int:
+    """Skipped steps change nothing but the scale, which halves. Returns how many were skipped."""
+    num_skipped = 0
+    for row, after in itertools.pairwise(rows):
+        is_overflow = row["grad_norm"] == "nan"
+        assert row["num_skipped_iterations"] == int(is_overflow)
+        num_skipped = num_skipped + 1 if is_overflow else 0
+        assert after["loss_scale"] == row["loss_scale"] / (2 if num_skipped >= HYSTERESIS else 1)
+    return sum(row["num_skipped_iterations"] for row in rows)
+
+
+def test_overflow_is_skipped_and_halves_the_scale(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
+) -> None:
+    recipe = make_recipe(precision={"dtype": "fp16"}, optimizer=OPTIMIZER, train={"train_iters": 10})
+    rows = run(recipe, site, tmp_path / "run", rows_of)
+    assert rows[0]["loss_scale"] == 65536.0
+    assert 1 < check_scaling(rows) < 8  # 65,536 is too much for it, 2,048 is not
+    assert rows[-1]["num_skipped_iterations"] == 0
+
+
+def test_steps_follow_fp32_within_the_rounding_of_fp16(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From a scale that fits, so that both runs step on the same samples.
+    monkeypatch.setattr(
+        optimizer,
+        "OptimizerConfig",
+        lambda **fields: OptimizerConfig(**fields | {"initial_loss_scale": 1024.0}),
+    )
+    fp32, fp16 = (
+        run(make_recipe(precision={"dtype": dtype}, optimizer=OPTIMIZER), site, tmp_path / dtype, rows_of)
+        for dtype in ("fp32", "fp16")
+    )
+    assert check_scaling(fp16) == 0
+    assert {row["loss_scale"] for row in fp16} == {1024.0}
+    for exact, rounded in zip(fp32, fp16, strict=True):
+        assert rounded["lm_loss"] == pytest.approx(exact["lm_loss"], rel=1e-3)
+        assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=1e-2)
+    assert fp16[0]["lm_loss"] != fp32[0]["lm_loss"]
+    assert fp16[-1]["lm_loss"] < 0.95 * fp16[0]["lm_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_layouts_scale_as_one_process_does(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
+) -> None:
+    changes: dict[str, Any] = {
+        "precision": {"dtype": "fp16"}, "optimizer": OPTIMIZER, "train": {"train_iters": 9}
+    }  # fmt: skip
+    one = run(make_recipe(**changes), site, tmp_path / "one", rows_of)
+    layouts = {
+        "tp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "pp": {"pipeline_model_parallel_size": 2},
+        "dp": {},
+    }
+    for name, parallel in layouts.items():
+        launch(make_recipe(num_processes=2, parallel=parallel, **changes), site, tmp_path / name)
+        rows = rows_of(tmp_path / name)
+        print(name, [(row["lm_loss"], row["loss_scale"], row["grad_norm"]) for row in rows])  # noqa: T201 - the record
+        check_scaling(rows)
+        assert [row["loss_scale"] for row in rows] == [row["loss_scale"] for row in one]
+        assert [row["lm_loss"] for row in rows] == pytest.approx([row["lm_loss"] for row in one], rel=1e-3)
+
+
+def launch(recipe: Recipe, site: Site, folder: Path) -> None:
+    """Train in the processes that the recipe asks for."""
+    recipe_file, site_file = folder.with_suffix(".toml"), folder.with_suffix(".site.toml")
+    recipe_file.write_text(to_toml(recipe.model_dump(mode="json", exclude_none=True)))
+    site_file.write_text(to_toml(site.model_dump()))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    job = ["--recipe", str(recipe_file), "--run-dir", str(folder), "--site", str(site_file)]
+    command = [*launcher, str(recipe.num_processes), "-m", "models.entry.train", *job]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def to_toml(fields: dict[str, Any]) -> str:
+    """Numbers, texts and switches are written alike in TOML and JSON."""
+    plain = {key: value for key, value in fields.items() if not isinstance(value, dict)}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
+    for section in sorted(fields.keys() - plain.keys()):
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in fields[section].items())]
+    return "\n".join(lines) + "\n"
