@@ -78,7 +78,8 @@ def check_recorded(
         on_start: Told the bytes to read.
         advance: Told the bytes of every range.
 
-    Returns: A JSON-able report: counts, `is_equal`, and the file and bytes of every range in `different`.
+    Returns: A JSON-able report with what a report page shows of a comparison (a record, one range of bytes, counts as
+    a tensor): counts, `is_equal`, file and bytes of every range in `different`, files `missing` and `unexpected`.
 
     Raises:
         ConfigError: nothing was recorded.
@@ -96,7 +97,8 @@ def check_recorded(
         problems = list(pool.map(partial(_problem, folder, advance), ranges))
     found = {path.name for path in folder.iterdir() if path.is_file()} - {CHECKSUMS_FILE}
     sizes = {name: sum(length for _, length, _ in entries) for name, entries in recorded.items()}
-    different = [problem for problem in problems if problem is not None]
+    missing = sorted(recorded.keys() - found)
+    different = [problem for problem in problems if problem is not None and problem["name"] in found]
     different += [
         {"name": name, "detail": f"{size} bytes instead of {sizes[name]}"}
         for name in sorted(found & sizes.keys())
@@ -104,8 +106,10 @@ def check_recorded(
     ]
     unexpected = sorted(found - recorded.keys())
     return {
-        "folder": str(folder), "is_equal": not (different or unexpected), "num_files": len(recorded),
-        "num_ranges": len(ranges), "num_bytes": sum(sizes.values()), "different": different, "unexpected": unexpected,
+        "name": f"{folder.name} and its recorded checksums", "left": str(folder), "num_files": len(recorded),
+        "is_equal": not (different or missing or unexpected),
+        "num_tensors": len(ranges), "num_equal": problems.count(None), "num_bytes": sum(sizes.values()),
+        "different": different, "missing": missing, "unexpected": unexpected,
     }  # fmt: skip
 
 

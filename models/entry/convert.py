@@ -290,15 +290,15 @@ def _verify_recorded(folder: Path, out: Path | None, workers: int, *, needs_righ
         report = check_recorded(find_iteration(folder), workers=workers, on_start=start, advance=advance)
     if out is not None:
         _write_report(report, out)
-    num_bad = len(report["different"])
     typer.echo(
-        f"{report['num_ranges'] - num_bad} of {report['num_ranges']} recorded checksums hold "
+        f"{report['num_equal']} of {report['num_tensors']} recorded checksums hold "
         f"({report['num_files']} files, {report['num_bytes'] / 1e9:.3f} GB)"
     )
     for row in report["different"][:10]:
         typer.echo(f"different   {row['name']}: {row['detail']}")
-    if report["unexpected"]:
-        typer.echo(f"unexpected  {len(report['unexpected'])}: {few(report['unexpected'])}")
+    for kind in ("missing", "unexpected"):
+        if report[kind]:
+            typer.echo(f"{kind:<11} {len(report[kind])}: {few(report[kind])}")
     if not report["is_equal"]:
         raise typer.Exit(1)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion wrote is checked without its source: every changed byte must be seen, by `verify` and by export."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -61,11 +62,14 @@ def test_every_file_of_the_folder_is_covered(megatron, capsys) -> None:
         file.unlink()
         if file.name != ".metadata":  # by which a checkpoint is known
             assert main(["verify", str(megatron)]) == 1, file.name
-            assert f"{file.name}: is missing" in capsys.readouterr().out
+            assert f"missing     1: {file.name}" in capsys.readouterr().out
         file.write_bytes(before)
     (megatron / "release" / "more.distcp").write_bytes(b"x")
-    assert main(["verify", str(megatron)]) == 1
+    assert main(["verify", str(megatron), "--out", str(megatron / "conversion.json")]) == 1
     assert "unexpected  1: more.distcp" in capsys.readouterr().out
+    report = json.loads((megatron / "conversion.json").read_text())
+    assert report["num_equal"] == report["num_tensors"] > 100
+    assert (report["different"], report["missing"]) == ([], [])
 
 
 def test_dcp_has_checksums_too(converted, tmp_path, capsys) -> None:
