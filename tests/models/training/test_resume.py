@@ -22,7 +22,7 @@ import pytest
 from models.contract.compat_train import recipe_toml
 from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe
-from models.contract.record import read_run_info
+from models.contract.record import RUN_FILE, iter_metrics, read_run_info
 from models.contract.site import Site
 from models.training.checkpoint import FOLDER, STATE_FILE, TRACKER_FILE
 from models.training.interruption import HANG_EXIT_CODE
@@ -96,7 +96,15 @@ class Trainer:
         return self._read()
 
     def has_ended_within(self, seconds: float) -> bool:
+        assert self._server.stdout is not None
         return bool(select.select([self._server.stdout], [], [], seconds)[0])
+
+    def has_ended_before(self, condition: Callable[[], bool]) -> bool:
+        """Wait for the condition; True when the ranks ended without it."""
+        while not condition():
+            if self.has_ended_within(0.01):
+                return True
+        return False
 
     def run(self, recipe: Recipe, run: Path, *options: str) -> float:
         """Train to the end; returns the seconds that it took."""
@@ -133,6 +141,19 @@ def saved_iteration(run: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
+def stamp(run: Path) -> str:
+    """What tells one attempt of a run from the next."""
+    return read_run_info(run).started_at if (run / RUN_FILE).exists() else ""
+
+
+def trains(run: Path, before: str) -> bool:
+    """Whether a later attempt than the one stamped `before` has begun to take steps."""
+    if not (run / RUN_FILE).exists():
+        return False
+    info = read_run_info(run)
+    return info.started_at != before and info.outcome.phase == "training"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "num_processes", "tp"), LAYOUTS)
 def test_kills_at_random_moments_change_no_number(
@@ -152,16 +173,21 @@ def test_kills_at_random_moments_change_no_number(
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut-0"
     duration = trainer.run(recipe, whole)
+    training = sum(row["step_time_ms"] for row in iter_metrics(whole)) / 1000
     moments = random.Random(f"{engine}{num_processes}{tp}")
     kills = 0
     while kills < KILLS_PER_LAYOUT:
+        before = stamp(cut)
         pids = trainer.start(recipe, cut, "--resume")
-        if trainer.has_ended_within(
-            moments.uniform(0.05, 0.45) * duration
-        ):  # between kills it came to its end
+        # one kill anywhere, the start and the loading included, the next while steps are taken and saved
+        has_ended = kills % 2 == 1 and trainer.has_ended_before(
+            lambda cut=cut, before=before: trains(cut, before)
+        )
+        wait_s = moments.uniform(0.0, 0.6) * training if kills % 2 else moments.uniform(0.05, 0.45) * duration
+        if has_ended or trainer.has_ended_within(wait_s):  # between kills it came to its end
             assert set(trainer.wait()) == {0}
             assert_same_run(cut, whole, rows_of)
-            cut = tmp_path / f"cut-{kills}"
+            cut = tmp_path / f"cut-{kills}-{time.monotonic_ns()}"
             continue
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
