@@ -73,7 +73,10 @@ def build(paths: list[Path], output: Path | None, title: str | None) -> Path:
     from harness.report.build import build_report
     from harness.session import REPORTS
 
-    return build_report(paths, output or REPORTS / paths[0].resolve().name, title=title)
+    source = paths[0].resolve()
+    # A file may lie in reports/ itself, as the published parity.json does: its report goes beside it.
+    name = source.stem if source.is_file() else source.name
+    return build_report(paths, output or REPORTS / name, title=title)
 
 
 def _print(verdict: Verdict, *, source: str, as_json: bool) -> None:

@@ -195,6 +195,11 @@ def _experts(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProbl
                 got=f"a dense model, ep {ep}, etp {etp}", fix="leave it out",
             )  # fmt: skip
         return
+    if moe.topk == 1:  # its one weight, renormalised, would be 1 and teach the router nothing
+        yield LayoutProblem(
+            rule="megatron-core does not route to a single expert with renormalised weights", where="model.checkpoint",
+            got="num_experts_per_tok = 1", fix="choose a checkpoint that routes to two experts or more",
+        )  # fmt: skip
     yield from _divides(ep, moe.num_experts, "the number of experts", "parallel.expert_model_parallel_size")
     tensor = etp or parallel.tensor_model_parallel_size
     yield from _divides(

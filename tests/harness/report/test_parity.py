@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from harness.cli import judge
 from harness.report.build import build_report
 from harness.report.parity import parity_view
 from harness.report.strings import LANGUAGES, texts
@@ -77,3 +78,10 @@ def test_cell_that_differs_fails_the_report_and_is_named(tmp_path: Path) -> None
 def test_another_files_content_is_refused(tmp_path: Path, data: dict[str, Any]) -> None:
     with pytest.raises(RunError, match="not a parity matrix"):
         build_report([write(tmp_path, data)], tmp_path / "out")
+
+
+def test_report_of_a_published_file_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.session.REPORTS", tmp_path)
+    file = write(tmp_path, GOOD)
+    assert judge.build([file], None, None) == tmp_path / "parity" / "report.html"
+    assert json.loads(file.read_text()) == GOOD

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every rule of a layout refuses what breaks it, by name, and lets the published layouts through."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,3 +182,13 @@ def test_require_layout_raises_one_error_with_every_rule() -> None:
         require_layout(published_architecture("qwen3_vl_8b"), broken)
     assert "data.seq_length" in str(error.value)
     assert "needs a mixture of experts" in str(error.value)
+
+
+def test_routing_to_a_single_expert_is_refused() -> None:
+    architecture = published_architecture("qwen3_vl_30b_a3b")
+    text = architecture.text
+    assert text.moe is not None
+    single = replace(architecture, text=replace(text, moe=replace(text.moe, topk=1)))
+    [problem] = check_layout(single, recipe(parallel={"expert_model_parallel_size": 8}))
+    assert str(problem).startswith("model.checkpoint: megatron-core does not route to a single expert")
+    assert "num_experts_per_tok = 1" in str(problem)
