@@ -27,6 +27,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from models.common.context_parallel import global_order
+from models.common.transfer import to_device
 
 KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -61,17 +62,14 @@ def make_segments(lengths: Sequence[int] | np.ndarray, device: torch.device) -> 
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     bounds = np.concatenate([[0], np.cumsum(sizes)])
-    cu_seqlens = torch.from_numpy(bounds.astype(np.int32)).to(device, non_blocking=True)
+    cu_seqlens = to_device(bounds.astype(np.int32), device)
     distinct = np.unique(sizes)
     groups: list[tuple[int, Tensor | None]] = [(int(sizes[0]), None)]
     restore = None
     if len(distinct) > 1:
         rows = [(bounds[:-1][sizes == length, None] + np.arange(length)).ravel() for length in distinct]
-        groups = [
-            (int(length), torch.from_numpy(row).to(device))
-            for length, row in zip(distinct, rows, strict=True)
-        ]
-        restore = torch.from_numpy(np.argsort(np.concatenate(rows))).to(device)
+        groups = [(int(length), to_device(row, device)) for length, row in zip(distinct, rows, strict=True)]
+        restore = to_device(np.argsort(np.concatenate(rows)), device)
     return Segments(
         qkv_format="sbhd",
         cu_seqlens_q=cu_seqlens,
@@ -153,7 +151,7 @@ class TorchCoreAttention(MegatronModule):
         assert self.cp_group is not None
         size, rank = self.cp_group.size(), self.cp_group.rank()
         lengths = segments.lengths if segments is not None else (query.shape[0] * size,)
-        order = torch.from_numpy(global_order(lengths, size)).to(query.device)
+        order = to_device(global_order(lengths, size), query.device)
         key, value = (
             gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group)[order].transpose(0, 1)
             for t in (key, value)

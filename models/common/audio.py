@@ -18,6 +18,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor, nn
 
 from models.common.attention import Segments, make_segments, packed_attention
+from models.common.transfer import to_device
 from models.common.transformer_configs import activation
 from models.contract.architecture import AudioArchitecture
 from models.contract.errors import ShapeError
@@ -185,8 +186,7 @@ class AudioTower(MegatronModule):
         layout = audio_layout(audio_lengths.numpy(), self.audio)
         device = input_features.device
         index, is_frame, rows = (
-            torch.from_numpy(part).to(device, non_blocking=True)
-            for part in (layout.frame_index, layout.is_frame, layout.token_rows)
+            to_device(part, device) for part in (layout.frame_index, layout.is_frame, layout.token_rows)
         )
         chunks = input_features[:, index].movedim(0, 1) * is_frame[:, None]  # [chunks, mel, longest]
         embedded = self._convolve(chunks[:, None].to(self.conv_out.weight.dtype))  # [chunks, tokens, h]

@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from models.common.transfer import to_device
+
 IGNORED_LABEL = -100
 """Label of a position that has no loss."""
 
@@ -61,7 +63,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Self:
         """Move to `device`, except what belongs on the CPU."""
         moved = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: to_device(value, torch.device(device))
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor) and field.name not in CPU_FIELDS
         }

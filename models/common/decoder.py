@@ -17,6 +17,7 @@ from torch import Tensor
 from models.common.rope import MultimodalRope
 from models.common.settings import ModelSettings
 from models.common.specs import final_norm, layer_spec
+from models.common.transformer_configs import is_fused
 from models.contract.architecture import TextArchitecture
 
 
@@ -46,6 +47,23 @@ class DeepstackLayer(TransformerLayer):
         if context is not None and self.deepstack_level is not None:
             hidden_states = hidden_states + context[self.deepstack_level]
         return hidden_states, context
+
+
+class FusedLossModel(GPTModel):
+    """GPTModel with our kernel for the loss."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Loss of every token.
+
+        Args:
+            labels: [b, s] int64.
+            logits: [s, b, v/tp]; used up.
+
+        Returns: [b, s] float32.
+        """
+        from models.common.kernels.cross_entropy import token_losses
+
+        return token_losses(logits, labels.transpose(0, 1), self.pg_collection.tp).transpose(0, 1)
 
 
 def features_travel(config: TransformerConfig, num_deepstack: int) -> bool:
@@ -99,7 +117,7 @@ def build_decoder(
     block: Any = TransformerBlockSubmodules(
         layer_specs=specs, layer_norm=final_norm(config, settings.attention_backend)
     )
-    model: Any = GPTModel(
+    model: Any = (FusedLossModel if is_fused(settings) else GPTModel)(
         config,
         block,
         vocab_size=text.vocab_size,

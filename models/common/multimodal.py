@@ -9,7 +9,7 @@ The towers live on the first pipeline stage. When that stage has fewer decoder l
 levels, the features that remain travel to the next stages, laid beside the hidden state: [s, b, h * (1 + levels)].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from models.common.context_parallel import local_index
 from models.common.decoder import build_decoder, features_travel
 from models.common.fusion import dense_features, merge_tokens, with_zero_gradients
 from models.common.settings import ModelSettings
+from models.common.transfer import to_device
 from models.common.transformer_configs import decoder_config
 from models.common.vision import VisionTower
 from models.common.vision_split import see
@@ -84,6 +85,8 @@ class MultimodalModel(MegatronModule):
         self.num_levels_out = 0 if post_process else max(0, levels - last)
         """Deepstack levels that later stages still have to add."""
         self._features: Tensor | None = None
+        self.are_gradients_awaited: Callable[[], bool] = lambda: True
+        """Whether the backward pass of the micro-batch that comes in must give every parameter a gradient."""
         freeze(self, settings.freeze)
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor] | None) -> None:
@@ -159,7 +162,7 @@ class MultimodalModel(MegatronModule):
             )
         if cp == 1:
             return segments, None
-        return segments, torch.from_numpy(local_index(lengths, cp, self.pg_collection.cp.rank())).to(device)
+        return segments, to_device(local_index(lengths, cp, self.pg_collection.cp.rank()), device)
 
     def _embed(self, batch: Batch, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Embeddings with media in place and deepstack features [levels, s, b, h], both cut for this rank."""
@@ -173,7 +176,7 @@ class MultimodalModel(MegatronModule):
     def _see(self, embeddings: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Put vision tokens in place; with them the deepstack features of every position, each [s, b, h]."""
         if batch.pixel_values is None or batch.grid_thw is None:
-            embeddings = with_zero_gradients(embeddings, self.vision_model.parameters())
+            embeddings = self._without_media(embeddings, self.vision_model)
             # The next stage expects what it always gets; layers of this one add nothing when there is nothing.
             num_levels = len(self.vision_model.deepstack_mergers) if self.num_levels_out else 0
             return embeddings, [embeddings.new_zeros(embeddings.shape) for _ in range(num_levels)]
@@ -191,11 +194,19 @@ class MultimodalModel(MegatronModule):
         """Put audio tokens in place."""
         assert self.audio_model is not None
         if batch.input_features is None or batch.audio_lengths is None:
-            return with_zero_gradients(embeddings, self.audio_model.parameters())
+            return self._without_media(embeddings, self.audio_model)
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.audio_model)):
             tokens = self.audio_model(batch.input_features, batch.audio_lengths)
         assert batch.audio_positions is not None
         return merge_tokens(embeddings, tokens, batch.audio_positions, kind="audio", batch=batch)
+
+    def _without_media(self, embeddings: Tensor, tower: torch.nn.Module) -> Tensor:
+        """The same embeddings, and no gradient for the tower's parameters, or one of zeros where that is needed."""
+        return (
+            with_zero_gradients(embeddings, tower.parameters())
+            if self.are_gradients_awaited()
+            else embeddings
+        )
 
     def _cut(self, hidden: Tensor, index: Tensor | None) -> Tensor:
         """[s, b, h] -> this rank's part, first of the context-parallel, then of the sequence-parallel split."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which modules a transformer layer is made of, for the torch and the TransformerEngine backend.
 
-Both give the same parameter names in a sharded checkpoint: TransformerEngine's linear layers hold the norm before
-them (`linear_qkv.layer_norm_weight`), and the torch layers' separate norms are renamed to that.
+All give the same parameter names in a sharded checkpoint: TransformerEngine's linear layers hold the norm before
+them (`linear_qkv.layer_norm_weight`), and separate norms, torch's and our own, are renamed to that.
 """
 
 from functools import partial
@@ -101,9 +101,7 @@ def _torch_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) ->
         pre_mlp_layernorm=norm,
         mlp=mlp,
         mlp_bda=BIAS_DROPOUT_ADD,
-        sharded_state_dict_keys_map={
-            old: new for old, new in FUSED_NORM_NAMES.items() if not (is_moe and old == "pre_mlp_layernorm.")
-        },
+        sharded_state_dict_keys_map=_fused_norm_names(is_moe=is_moe),
     )
 
 
@@ -111,6 +109,7 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
     from megatron.core.extensions.transformer_engine import (
         TEActivationOp,
         TEColumnParallelGroupedLinear,
+        TEColumnParallelLinear,
         TELayerNormColumnParallelLinear,
         TENorm,
         TERowParallelGroupedLinear,
@@ -118,29 +117,38 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
     )
     from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
-    # Vision towers have thousands of short segments, over which cuDNN's packed backward goes one by one: on an H200
-    # it took 570 of 1,087 ms of a step with 20 images of 448 pixels. Torch's varlen kernel does not.
-    qk_norm = TENorm if config.qk_layernorm else IdentityOp
+    from models.common.fused_layers import FusedSelfAttention, ResidualRMSNorm
+
+    # A norm inside TransformerEngine's linear layer puts out fp8 at once; in bf16 our own one is faster.
+    has_own_norm = config.normalization == "RMSNorm" and config.fp8 is None
+    norm: Any = ResidualRMSNorm if has_own_norm else IdentityOp  # its output is a pair, which the layer knows
+    normed_linear = TEColumnParallelLinear if has_own_norm else TELayerNormColumnParallelLinear
     if is_moe:
         grouped = GroupedMLPSubmodules(
             linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
         )
         mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(TEGroupedMLP, submodules=grouped)))
+        mlp_norm = norm if has_own_norm else TENorm
     else:
         assert config.ffn_hidden_size is not None
         is_aligned = config.ffn_hidden_size % (ALIGNMENT * config.tensor_model_parallel_size) == 0
         linears = MLPSubmodules(
-            linear_fc1=TELayerNormColumnParallelLinear,
+            linear_fc1=normed_linear,
             linear_fc2=TERowParallelLinear if is_aligned else AlignedRowParallelLinear,
             activation_func=TEActivationOp,  # megatron-core builds it where the config asks for it
         )
         mlp = partial(MLP.as_mlp_submodule, submodules=linears)
+        mlp_norm = norm
+    qk_norm = norm_of(config) if config.qk_layernorm else IdentityOp
     return TransformerLayerSubmodules(
+        input_layernorm=norm,
         self_attention=ModuleSpec(
-            module=SelfAttention,
+            module=FusedSelfAttention,
             params={"attn_mask_type": _mask_type(is_causal)},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=TELayerNormColumnParallelLinear,
+                linear_qkv=normed_linear,
+                # Vision towers have thousands of short segments, over which cuDNN's packed backward goes one by one:
+                # on an H200 it took 570 of 1,087 ms of a step with 20 images of 448 pixels. Torch's kernel does not.
                 core_attention=te_core_attention() if is_causal else TorchCoreAttention,
                 linear_proj=TERowParallelLinear,
                 q_layernorm=qk_norm,
@@ -148,10 +156,16 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
             ),
         ),
         self_attn_bda=BIAS_DROPOUT_ADD,
-        pre_mlp_layernorm=TENorm if is_moe else IdentityOp,
+        pre_mlp_layernorm=mlp_norm,
         mlp=mlp,
         mlp_bda=BIAS_DROPOUT_ADD,
+        sharded_state_dict_keys_map=_fused_norm_names(is_moe=is_moe) if has_own_norm else {},
     )
+
+
+def _fused_norm_names(*, is_moe: bool) -> dict[str, str]:
+    """Names of separate norms in a checkpoint; the one before experts stands alone with every backend."""
+    return {old: new for old, new in FUSED_NORM_NAMES.items() if not (is_moe and old == "pre_mlp_layernorm.")}
 
 
 def final_norm(config: TransformerConfig, backend: AttentionBackend) -> type:

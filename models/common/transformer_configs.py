@@ -50,7 +50,6 @@ def decoder_config(text: TextArchitecture, settings: ModelSettings) -> Transform
         bias_activation_fusion=is_cuda and not has_te_activation(text, settings),
         use_te_activation_func=has_te_activation(text, settings),
         bias_dropout_fusion=is_cuda,
-        **_loss_fusion(settings),
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=settings.num_layers_in_first_pipeline_stage,
@@ -99,13 +98,6 @@ def is_fused(settings: ModelSettings) -> bool:
 def has_te_activation(text: TextArchitecture, settings: ModelSettings) -> bool:
     """Whether the decoder's MLP takes TransformerEngine's SwiGLU; experts have a fused one of their own."""
     return is_fused(settings) and text.moe is None
-
-
-def _loss_fusion(settings: ModelSettings) -> dict[str, Any]:
-    """TransformerEngine's cross-entropy: one pass over the logits, whose memory it takes for their gradient."""
-    if not is_fused(settings):
-        return {}
-    return {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}
 
 
 def _vision_activation(vision: VisionArchitecture, settings: ModelSettings) -> dict[str, Any]:

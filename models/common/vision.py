@@ -7,7 +7,6 @@ Tensor parallel like the decoder, without sequence parallelism: its activations 
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -24,6 +23,7 @@ from models.common.norms import norm_of
 from models.common.rope import vision_rope
 from models.common.settings import ModelSettings
 from models.common.specs import layer_spec
+from models.common.transfer import to_device
 from models.common.transformer_configs import vision_config
 from models.common.vision_layout import VisionLayout, vision_layout
 from models.contract.architecture import VisionArchitecture
@@ -117,7 +117,7 @@ class VisionTower(MegatronModule):
         device = pixel_values.device
         hidden_states = self._embed(pixel_values, layout)
         head_dim = self.vision.hidden_size // self.vision.num_attention_heads
-        places = torch.from_numpy(layout.rows_and_columns).to(device, non_blocking=True)
+        places = to_device(layout.rows_and_columns, device)
         angles = vision_rope(places, head_dim, self.vision.rotary_base)
         frames = make_segments(layout.frame_lengths, device)
         windows = frames if layout.window_lengths is None else make_segments(layout.window_lengths, device)
@@ -130,18 +130,18 @@ class VisionTower(MegatronModule):
                 level = self.vision.deepstack_visual_indexes.index(number)
                 features.append(self.deepstack_mergers[level](hidden_states[:, 0]))
         merged = self.merger(hidden_states[:, 0])
-        return (merged if layout.restore is None else merged[_to(layout.restore, device)]), features
+        return (merged if layout.restore is None else merged[to_device(layout.restore, device)]), features
 
     def _embed(self, pixel_values: Tensor, layout: VisionLayout) -> Tensor:
         device = pixel_values.device
         if layout.order is not None:
             unit = self.vision.spatial_merge_size**2
             blocks = pixel_values.reshape(-1, unit * self.vision.patch_dim)
-            pixel_values = blocks[_to(layout.order, device)].reshape(-1, self.vision.patch_dim)
+            pixel_values = blocks[to_device(layout.order, device)].reshape(-1, self.vision.patch_dim)
         hidden_states = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         if layout.table_index is not None and layout.table_weight is not None:
-            entries = self.position_embedding(_to(layout.table_index, device))  # [p, 4, h]
-            weights = _to(layout.table_weight, device)[:, :, None].to(entries.dtype)
+            entries = self.position_embedding(to_device(layout.table_index, device))  # [p, 4, h]
+            weights = to_device(layout.table_weight, device)[:, :, None].to(entries.dtype)
             hidden_states = hidden_states + (entries * weights).sum(dim=1)
         return hidden_states
 
@@ -173,7 +173,3 @@ class VisionTower(MegatronModule):
                 add = partial(sharded_state_dict_default, part, f"{prefix}{key}.", sharded_offsets, metadata)
                 sharded.update(add(tp_group=self.tp_group))
         return sharded
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.common.batch import IGNORED_LABEL, Batch
 from models.common.context_parallel import local_index
+from models.common.transfer import to_device
 
 Reduction = Literal["per_token", "per_sample"]
 
@@ -25,7 +26,7 @@ def sample_index(batch: Batch) -> Tensor:
     device = batch.input_ids.device
     if batch.cu_seqlens is None:
         return torch.arange(b, device=device)[:, None].expand(b, s)
-    ends = batch.cu_seqlens[1:].to(device=device, dtype=torch.int64)
+    ends = to_device(batch.cu_seqlens[1:].long(), device)
     index = torch.bucketize(torch.arange(s, device=device), ends, right=True)
     return index[None]  # the last end is s, so every position falls in a sub-sequence
 
@@ -54,7 +55,7 @@ def slice_weights(weights: Tensor, batch: Batch, cp_size: int, cp_rank: int) -> 
     if cp_size == 1:
         return weights
     lengths = [weights.shape[1]] if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
-    index = torch.from_numpy(local_index(lengths, cp_size, cp_rank)).to(weights.device)
+    index = to_device(local_index(lengths, cp_size, cp_rank), weights.device)
     return weights.index_select(1, index)
 
 

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -28,6 +28,7 @@ from models.training import optimizer as optimizers
 from models.training import random_state
 from models.training.cpu import cpu_megatron
 from models.training.engine import LossSums, UpdateResult
+from models.training.gradients import clip_gradients, gradient_norm
 from models.training.initial_weights import load_initial_weights
 from models.training.loss import loss_weights, slice_weights
 from models.training.parallel import LauncherEnvironment, Ranks, stage_of_chunk, start_megatron
@@ -61,6 +62,10 @@ class MegatronEngine:
         for module in self.modules:
             _connect(module.config, self.recipe, self.chunks, self.optimizer)
             module.config.moe_grad_scale_func = self._scale_auxiliary
+        if (
+            self.ranks.layout["pp"] == 1
+        ):  # stages run forward before they know which backward pass is the last
+            self.modules[0].are_gradients_awaited = partial(optimizers.are_gradients_awaited, self.chunks[0])
 
     def forward_backward(
         self, batches: list[Batch], *, denominator: float, num_padded_tokens: int
@@ -85,10 +90,10 @@ class MegatronEngine:
         """Clip, step the optimizer and the schedule."""
         loss_scale = float(self.optimizer.get_loss_scale())
         has_overflow = self.optimizer.prepare_grads()
-        grad_norm = math.nan if has_overflow else float(self.optimizer.get_grad_norm())
+        grad_norm = math.nan if has_overflow else gradient_norm(self.optimizer, self.ranks.device)
         is_updated = math.isfinite(grad_norm)
         if is_updated:
-            _clip(self.optimizer, grad_norm)
+            clip_gradients(self.optimizer, grad_norm)
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(1)
         return UpdateResult(
@@ -192,7 +197,7 @@ class MegatronEngine:
         return state
 
     def _scale_auxiliary(self) -> Tensor:
-        return self.optimizer.scale_loss(torch.tensor(self._auxiliary_scale, device=self.ranks.device))
+        return self.optimizer.scale_loss(torch.full((), self._auxiliary_scale, device=self.ranks.device))
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> LossSums:
         schedule = get_forward_backward_func()
@@ -221,7 +226,8 @@ class MegatronEngine:
             weights = slice_weights(weights, batch, self.ranks.layout["cp"], self.ranks.cp_rank)
             loss = (token_losses.float() * weights).sum()
             share = denominator if self.ranks.cp_rank == 0 else 0
-            num_tokens = torch.tensor(share, dtype=torch.int, device=loss.device)
+            # Filled on the device: a number that is copied there waits for it.
+            num_tokens = torch.full((), share, dtype=torch.int, device=loss.device)
             # The schedule scales the loss in place: what is reported must be a copy.
             return loss, num_tokens, (loss.detach().double(), float(share))
 
@@ -284,15 +290,3 @@ def _connect(config: Any, recipe: Recipe, chunks: list[Any], optimizer: Any) -> 
             config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
     if recipe.parallel.overlap_param_gather and len(chunks) > 1:
         config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
-
-
-def _clip(optimizer: Any, grad_norm: float) -> None:
-    for part in optimizer.chained_optimizers:
-        parameters = [] if part.is_stub_optimizer else part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(
-                parameters,
-                max_norm=part.config.clip_grad,
-                total_norm=grad_norm,
-                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-            )

@@ -73,6 +73,15 @@ def fuse_weight_gradients(chunks: Iterable[torch.nn.Module]) -> int:
     return len(layers)
 
 
+def are_gradients_awaited(chunk: Any) -> bool:
+    """Whether data parallelism waits for a gradient of every parameter of a chunk in this micro-batch.
+
+    Only where the exchange of gradients overlaps with the backward pass, and so only in the last one of a step.
+    """
+    groups = [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
+    return chunk.ddp_config.overlap_grad_reduce and any(group.is_last_microbatch for group in groups)
+
+
 def check_optimizer(recipe: Recipe, device: torch.device) -> None:
     """Refuse what this kind of device cannot do.
 

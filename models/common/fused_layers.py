@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of a layer that run on our own kernels, with the constructors that megatron-core's layer specs call."""
+
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor
+
+from models.common.kernels.qkv import split_and_turn
+from models.common.kernels.rms_norm import rms_norm
+from models.common.norms import RMSNorm
+
+
+class ResidualRMSNorm(RMSNorm):
+    """RMS norm before attention or MLP; hands the residual on beside what it puts out."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[s, b, h] -> normalised [s, b, h], and `x`."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FusedSelfAttention(SelfAttention):
+    """Self-attention whose queries, keys and values leave the joined projection normalised and turned.
+
+    megatron-core turns queries and keys after it got them, in :meth:`forward`; here that step is left out there and
+    taken with the split. With fewer groups than tensor-parallel ranks a rank holds a part of a group: megatron-core's
+    own way then.
+    """
+
+    _angles: Tensor | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; see megatron-core's SelfAttention.
+
+        Args:
+            hidden_states: [s, b, h].
+            attention_mask: Always None.
+            args: As SelfAttention takes them.
+            rotary_pos_emb: Angles [s, b, 1, d] float32.
+            kwargs: As SelfAttention takes them.
+
+        Returns: [s, b, h], and a bias to be added later or None.
+        """
+        groups = self.config.num_query_groups or self.config.num_attention_heads
+        if isinstance(rotary_pos_emb, Tensor) and groups >= self.world_size:
+            self._angles, rotary_pos_emb = rotary_pos_emb, None
+        try:
+            return super().forward(
+                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+            )
+        finally:
+            self._angles = None
+
+    def get_query_key_value_tensors(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """[s, b, h] -> [s, b, n, d], [s, b, g, d], [s, b, g, d]."""
+        if self._angles is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        linear_qkv: Any = self.linear_qkv
+        mixed, _ = linear_qkv(hidden_states)
+        return split_and_turn(
+            mixed,
+            self._angles,
+            _weight(self.q_layernorm),
+            _weight(self.k_layernorm),
+            num_groups=self.num_query_groups_per_partition,
+            head_dim=self.hidden_size_per_attention_head,
+            eps=self.config.layernorm_epsilon,
+        )
+
+
+def _weight(norm: Any) -> Tensor | None:
+    return None if norm is None or isinstance(norm, IdentityOp) else norm.weight

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bringing what the CPU made to the device without waiting for the device."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """Copy to a device; to a GPU by way of pinned memory.
+
+    From other memory the copy waits until the GPU has done all that was asked of it before, and then the GPU waits for
+    the CPU: with eight images in a row this took a sixth of a step of Qwen3-VL-4B on an H200.
+    """
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norm and clipping of Megatron's main gradients in a few kernels, with one wait for the device.
+
+megatron-core does the same with TransformerEngine's kernels, but imports one that 2.12 does not have, and then falls
+back to a loop that waits for every single parameter.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: Any, device: torch.device) -> float:
+    """Norm over all gradients of the whole model, the same on every rank.
+
+    Args:
+        optimizer: Megatron's, gradients prepared.
+        device: Where the gradients are.
+    """
+    squares = []
+    for part in optimizer.chained_optimizers:
+        gradients = part.get_grads_for_grad_norm()
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+        square = norm.float() ** 2
+        distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        squares.append(square)
+    return math.sqrt(float(torch.stack(squares).sum()))
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: Any, norm: float) -> None:
+    """Scale all gradients down where their norm is larger than the optimizer's `clip_grad`."""
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer or part.config.clip_grad <= 0:
+            continue
+        coefficient = part.config.clip_grad / (norm + 1e-6)
+        gradients = _main_gradients(part)
+        if coefficient < 1.0 and gradients:
+            torch._foreach_mul_(gradients, coefficient)
+
+
+def _main_gradients(part: Any) -> list[Tensor]:
+    name = (
+        "decoupled_grad" if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+    )  # where the precision-aware optimizer keeps gradients of another dtype than the parameter's
+    found = (getattr(parameter, name, None) for parameter in part.get_parameters())
+    return [gradient for gradient in found if gradient is not None]
