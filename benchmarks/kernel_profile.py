@@ -12,7 +12,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("queries and keys", ("_split_forward", "_split_backward", "rope", "rotary")),
     ("norms", ("rmsnorm", "rms_norm", "layernorm", "normalization")),
     ("MLP activation", ("gated_act", "silu", "swiglu", "gelu", "dact", "act_kernel")),
-    ("loss", ("cross_entropy", "online_softmax", "element_mul")),
+    ("loss", ("_loss_forward", "_loss_backward", "cross_entropy", "online_softmax", "element_mul")),
     ("optimizer", ("multi_tensor", "adam", "l2norm", "normtwo")),
     ("experts' routing", ("permute", "topk", "sort", "router", "scan")),
     ("communication", ("nccl",)),
