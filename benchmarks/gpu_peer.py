@@ -22,7 +22,8 @@ from models.common.batch import IGNORED_LABEL, Batch
 from models.common.settings import ModelSettings, resolve_attention_backend
 from models.contract.architecture import Architecture
 from models.contract.families import family_part, published_architecture, published_config
-from models.training.parallel import read_launcher_environment, start_megatron, stop_distributed
+from models.contract.launcher import read_launcher_environment
+from models.training.parallel import start_megatron, stop_distributed
 
 SEQ_LENGTH = 8192
 

@@ -32,10 +32,11 @@ from models.contract.architecture import Architecture
 from models.contract.errors import HarnessError
 from models.contract.families import published_architecture
 from models.contract.flops import megatron_flops, model_flops
+from models.contract.launcher import read_launcher_environment
 from models.contract.recipe import Recipe, parse_recipe
 from models.training.cpu import cpu_megatron
 from models.training.megatron_engine import MegatronEngine
-from models.training.parallel import Ranks, read_launcher_environment, start_megatron, stop_distributed
+from models.training.parallel import Ranks, start_megatron, stop_distributed
 
 
 def matmul_ceiling(size: int = 8192, repeats: int = 20) -> float:

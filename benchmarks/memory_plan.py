@@ -22,9 +22,10 @@ from torch import distributed
 
 from benchmarks.gpu_step import case_parser, cut_layers, make_batches, make_recipe, one_step, synchronize
 from models.contract.families import published_architecture
+from models.contract.launcher import read_launcher_environment
 from models.contract.memory import GIB, estimate_memory
 from models.training.megatron_engine import MegatronEngine
-from models.training.parallel import read_launcher_environment, start_megatron, stop_distributed
+from models.training.parallel import start_megatron, stop_distributed
 
 CASES = (
     "--model qwen3_vl_2b --seq-length 4096 --images 4",

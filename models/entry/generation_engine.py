@@ -185,7 +185,8 @@ def _single_process(device: torch.device) -> Iterator[None]:
     from megatron.core import parallel_state, tensor_parallel
     from torch import distributed
 
-    from models.training.parallel import read_launcher_environment, stop_distributed
+    from models.contract.launcher import read_launcher_environment
+    from models.training.parallel import stop_distributed
 
     is_up = parallel_state.model_parallel_is_initialized()
     world_size = distributed.get_world_size() if is_up else read_launcher_environment().world_size

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from models.contract.errors import HarnessError
+from models.contract.launcher import read_launcher_environment
 from models.contract.recipe import load_recipe
 from models.contract.site import load_site
 
@@ -49,6 +50,7 @@ def main() -> int:
     for noisy in ("megatron", "torch", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
+        read_launcher_environment()  # a wrong variable is told before the imports that take seconds
         recipe = load_recipe(arguments.recipe)
         site = load_site(arguments.site)
         from models.training.progress import TrainOptions

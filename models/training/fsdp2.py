@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from models.common.batch import IGNORED_LABEL, Batch
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
+from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
 from models.training import random_state
 from models.training.engine import LossSums, UpdateResult
@@ -29,7 +30,7 @@ from models.training.hf_inputs import hf_inputs, with_blank_media
 from models.training.load_balance import RouterTap, load_balancing_loss
 from models.training.loss import loss_weights
 from models.training.optimizer import build_scheduler, check_optimizer
-from models.training.parallel import LauncherEnvironment, Ranks, start_data_parallel
+from models.training.parallel import Ranks, start_data_parallel
 from models.training.parameters import PARTS
 from models.training.trace import transformers_points
 

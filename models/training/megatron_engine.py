@@ -23,6 +23,7 @@ from models.common.batch import Batch
 from models.common.settings import settings_from_recipe
 from models.contract.architecture import Architecture
 from models.contract.families import family_part
+from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
 from models.training import optimizer as optimizers
 from models.training import random_state
@@ -31,7 +32,7 @@ from models.training.engine import LossSums, UpdateResult
 from models.training.gradients import clip_gradients, gradient_norm
 from models.training.initial_weights import load_initial_weights
 from models.training.loss import loss_weights, slice_weights
-from models.training.parallel import LauncherEnvironment, Ranks, stage_of_chunk, start_megatron
+from models.training.parallel import Ranks, stage_of_chunk, start_megatron
 from models.training.parameters import count_parameters
 from models.training.trace import megatron_points
 

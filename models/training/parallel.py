@@ -5,8 +5,6 @@ The only module that reads ``megatron.core.parallel_state``. Everything else tak
 """
 
 import importlib.util
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,19 +15,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import distributed
 
 from models.contract.errors import ConfigError
+from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LauncherEnvironment:
-    """What the launcher said about this process; one process without a launcher is rank 0 of 1."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    is_launched: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,44 +55,6 @@ class Ranks:
         """Wait for every rank, without touching the accelerator."""
         if self.world_size > 1:
             distributed.barrier(group=self.control)
-
-
-def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> LauncherEnvironment:
-    """Read torchrun's variables.
-
-    Raises:
-        ConfigError: some are set and others not, or they are not numbers, or contradict each other.
-    """
-    present = [name for name in LAUNCHER_VARIABLES if name in environment]
-    if "RANK" not in present and "WORLD_SIZE" not in present:
-        return LauncherEnvironment(rank=0, world_size=1, local_rank=0, is_launched=False)
-    missing = [name for name in LAUNCHER_VARIABLES if name not in present]
-    if missing:
-        raise ConfigError(
-            "incomplete launcher environment",
-            where="environment variables",
-            expected=", ".join(LAUNCHER_VARIABLES),
-            got=f"missing {', '.join(missing)}",
-            fix="start with `python -m torch.distributed.run …`, or unset RANK and WORLD_SIZE for one process",
-        )
-    try:
-        rank, world_size, local_rank = (int(environment[name]) for name in LAUNCHER_VARIABLES[:3])
-        int(environment["MASTER_PORT"])
-    except ValueError as error:
-        raise ConfigError(
-            "launcher variable is not a number",
-            where="environment variables",
-            expected="RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT as integers",
-            got=str(error),
-        ) from None
-    if not 0 <= rank < world_size or local_rank < 0:
-        raise ConfigError(
-            "launcher variables contradict each other",
-            where="environment variables",
-            expected="0 <= RANK < WORLD_SIZE and LOCAL_RANK >= 0",
-            got=f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank}",
-        )
-    return LauncherEnvironment(rank=rank, world_size=world_size, local_rank=local_rank, is_launched=True)
 
 
 def pick_device(local_rank: int) -> torch.device:

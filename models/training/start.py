@@ -13,6 +13,7 @@ from typing import Any
 
 from models.contract.errors import RunError
 from models.contract.families import load_architecture
+from models.contract.launcher import LauncherEnvironment, read_launcher_environment
 from models.contract.layout import require_layout
 from models.contract.recipe import Recipe
 from models.contract.record import RunInfo, write_run_info
@@ -24,7 +25,7 @@ from models.training.environment import describe_environment, describe_hardware
 from models.training.interruption import StopRequest, Watchdog, stop_requests
 from models.training.loop import train_steps
 from models.training.metrics import Recorder
-from models.training.parallel import LauncherEnvironment, read_launcher_environment, stop_distributed
+from models.training.parallel import stop_distributed
 from models.training.progress import Progress, Run, TrainOptions, restore
 from models.training.run_file import claim_directory, failures_recorded, record_failure, utc_now
 

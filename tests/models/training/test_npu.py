@@ -42,7 +42,7 @@ from models.contract.errors import ConfigError
 from models.contract.recipe import parse_recipe
 from models.training import parallel, random_state
 from models.training.environment import describe_hardware, peak_memory_bytes
-from models.training.parallel import LauncherEnvironment
+from models.contract.launcher import LauncherEnvironment
 started = []
 distributed.init_process_group = lambda backend, **options: started.append((backend, sorted(options)))
 distributed.new_group = lambda **options: started.append(("group", options["backend"]))
