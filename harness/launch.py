@@ -46,6 +46,8 @@ ATTEMPTS_FILE = "attempts.json"
 MAX_INFRA_RETRIES = 2
 RUN_VARIABLE = "QWEN_HARNESS_RUN_DIR"
 """Marks every process of a launch, so that none outlives it."""
+TIED = Path(__file__).with_name("tied.py")
+"""Started first, so that the processes end even when this one is killed."""
 GRACE_SECONDS = 40.0
 """Between asking a process group to stop and killing it; torchrun gives its workers 30."""
 
@@ -285,7 +287,7 @@ def _one_attempt(
     timed_out = False
     with (run_dir / log_name).open("ab") as log, _terminate_as_interrupt():
         process = subprocess.Popen(
-            command,
+            [sys.executable, str(TIED), str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

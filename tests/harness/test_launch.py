@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launcher, on small programs that write run directories as training does."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from harness.hardware import REPOSITORY
 from harness.launch import (
     ATTEMPTS_FILE,
     LAUNCH_LOG,
@@ -213,6 +217,39 @@ os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory is out: n
     assert launch(program(body, tmp_path), tmp_path).last.exit_code == -signal.SIGKILL
     for pid in [int((tmp_path / "child").read_text())]:
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_a_killed_launcher_started_stops_in_good_order(tmp_path: Path) -> None:
+    body = """
+def leave(*_):
+    phase("done")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+(run_dir / "child").write_text(str(os.getpid()))
+step(1)
+time.sleep(600)
+"""
+    launcher = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import sys; from pathlib import Path; from harness.launch import launch; "
+            "launch(sys.argv[2:], Path(sys.argv[1]))",
+            str(tmp_path), *program(body, tmp_path),
+        ],
+        cwd=REPOSITORY,
+    )  # fmt: skip
+    while not (tmp_path / "metrics.jsonl").exists():
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    launcher.kill()
+    launcher.wait()
+    try:
+        child.wait(timeout=60)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    assert json.loads((tmp_path / "run.json").read_text())["outcome"]["phase"] == "done"
 
 
 @pytest.mark.slow
