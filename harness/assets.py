@@ -8,8 +8,10 @@ wanted and how to get it. The names in the tables below are made by a program of
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harness.cases import Case, MissingInput, missing_inputs
 from harness.hardware import REPOSITORY
@@ -17,6 +19,7 @@ from harness.launch import child_environment
 from models.contract.architecture import FAMILIES
 from models.contract.errors import ConfigError, RunError
 from models.contract.site import Site
+from models.contract.tiny_config import sized_config, tiny_config
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,13 @@ CHECKPOINTS: dict[str, Steps] = {tiny_checkpoint_name(family): _tiny(family) for
     "tiny-qwen3_vl_moe": _tiny("qwen3_vl", "--moe"),
     "sized-qwen3_vl_2b": _tiny("qwen3_vl", "--size", "qwen3_vl_2b", "--dtype", "bf16"),
 }
+CONFIGS: Mapping[str, Callable[[], dict[str, Any]]] = {
+    tiny_checkpoint_name(family): partial(tiny_config, family) for family in FAMILIES
+} | {
+    "tiny-qwen3_vl_moe": partial(tiny_config, "qwen3_vl", moe=True),
+    "sized-qwen3_vl_2b": partial(sized_config, "qwen3_vl_2b"),
+}
+"""What ``config.json`` of each of those checkpoints will say, so that planning knows its sizes before it is made."""
 DATASETS: dict[str, Steps] = {
     "scenes": _drawn("scenes"),
     "scenes-audio": _drawn("scenes-audio"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.assets import maker
+from harness.assets import CONFIGS, maker
 from harness.baselines.schema import BaselineKey
 from harness.baselines.store import baseline_path, load_baseline
 from harness.cases import Case, missing_inputs
@@ -18,7 +18,12 @@ from harness.launch import train_command
 from harness.session import BASELINES, RUNS
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
-from models.contract.families import load_architecture, published_architecture, published_name
+from models.contract.families import (
+    architecture_from_hf,
+    load_architecture,
+    published_architecture,
+    published_name,
+)
 from models.contract.layout import check_layout
 from models.contract.plan import SHARE_OF_PEAK, TrainingPlan, checkpoint_bytes, plan_training
 from models.contract.run_rules import check_run
@@ -135,11 +140,13 @@ def _layout(case: Case) -> str:
 
 
 def _architecture(case: Case, site: Site) -> tuple[Architecture | None, str]:
-    """Sizes of the case's model, and where they come from: its checkpoint, else a published size of that name."""
+    """Sizes of the case's model, and where they come from: its checkpoint, what is made here, a published size."""
     name = case.recipe.model.checkpoint
     folder = site.checkpoint(name)
     if (folder / "config.json").is_file():
         return load_architecture(folder), str(folder / "config.json")
+    if name in CONFIGS:
+        return architecture_from_hf(CONFIGS[name]()), "the checkpoint that will be made on the spot"
     published = published_name(name)
     if published is None:
         return None, "unknown: the checkpoint is not here, and its name is no published size"

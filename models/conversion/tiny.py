@@ -19,8 +19,8 @@ from models.common.weight_rules import Shape, hf_tensors
 from models.contract.architecture import Architecture, Family
 from models.contract.errors import ConfigError
 from models.contract.families import detect_family, family_part
+from models.contract.tiny_config import tiny_config
 from models.conversion.checkpoint_folder import INDEX_FILE
-from models.conversion.tiny_config import tiny_config
 from models.conversion.tiny_omni import untouched_shapes
 from models.conversion.tiny_processor import write_processor_files
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from models.contract.architecture import Family
-from models.conversion.tiny_config import NUM_BPE_TOKENS, PLAIN_ADDED_TOKENS, added_tokens, token_ids
+from models.contract.tiny_config import NUM_BPE_TOKENS, PLAIN_ADDED_TOKENS, added_tokens, token_ids
 
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501 - one expression
 """How Qwen splits text before byte-pair encoding; a format constant, as transformers' Qwen2Tokenizer has it."""

@@ -162,7 +162,12 @@ def decode_audio(data: bytes, sampling_rate: int, name: str = "audio") -> np.nda
     if not samples.size:
         raise SampleRejected("corrupt audio", f"{name}: no samples")
     mono = np.ascontiguousarray(samples.mean(axis=1, dtype=np.float32))
-    return mono if rate == sampling_rate else resample(mono, rate, sampling_rate)
+    if rate == sampling_rate:
+        return mono
+    resampled = resample(mono, rate, sampling_rate)
+    if not resampled.size:
+        raise SampleRejected("corrupt audio", f"{name}: too short: {mono.size} sample(s) at {rate} Hz")
+    return resampled
 
 
 def probe_audio(data: bytes, name: str = "audio") -> None:
@@ -185,6 +190,8 @@ def _read_audio(data: bytes, name: str) -> tuple[np.ndarray, int]:
             stream = container.streams.audio[0]
             if stream.codec_context is None:
                 raise SampleRejected("corrupt audio", f"{name}: unknown codec")
+            if not stream.codec_context.channels:
+                raise SampleRejected("corrupt audio", f"{name}: no channel, needs one or more")
             to_float = av.AudioResampler(format="fltp")
             blocks, length, rate = [], 0, stream.rate
             for frame in container.decode(stream):
@@ -211,9 +218,9 @@ def decode_medium(medium: Medium) -> None:
 
 
 def resample(mono: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Band-limited resampling of [n] float32; the result has round-up(n * target / rate) samples or so."""
+    """Band-limited resampling of [n] float32; round-up(n * target / rate) samples or so, none of very few."""
     frame = av.AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
     frame.sample_rate = rate
     resampler = av.AudioResampler(format="flt", layout="mono", rate=target)
     blocks = [block.to_ndarray()[0] for part in (frame, None) for block in resampler.resample(part)]
-    return np.concatenate(blocks)
+    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)

@@ -23,6 +23,7 @@ import typer
 from models.common.weight_rules import ExpertLayout
 from models.contract.architecture import FAMILIES, Family
 from models.contract.errors import ConfigError, HarnessError
+from models.contract.tiny_config import sized_config
 from models.conversion import convert as conversions
 from models.conversion import dcp
 from models.conversion.convert import Options, Summary
@@ -31,7 +32,6 @@ from models.conversion.progress import byte_progress
 from models.conversion.recorded_checksums import check_recorded
 from models.conversion.tensor_source import few
 from models.conversion.tiny import Init, write_tiny_checkpoint
-from models.conversion.tiny_config import sized_config
 from models.conversion.verify import verify as compare
 
 PROGRAM = os.environ.get("QWEN_HARNESS_PROG", "python -m models.entry.convert")

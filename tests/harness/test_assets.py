@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import CHECKPOINTS, DATASETS, ensure_inputs, make, maker, run_program
+from harness.assets import CHECKPOINTS, CONFIGS, DATASETS, ensure_inputs, make, maker, run_program
 from harness.cases import Case, MissingInput
 from models.contract.errors import ConfigError, RunError
+from models.contract.families import detect_family
 from models.contract.site import Site
 from suites.detection.synthetic import SyntheticRun, recipe_of
 
@@ -27,6 +28,14 @@ def test_steps_write_to_the_path_that_is_missing(tmp_path: Path) -> None:
         arguments = steps(tmp_path / "wanted")[-1]
         assert str(tmp_path / "wanted") in arguments
         assert arguments[0].startswith("models.entry.")
+
+
+def test_sizes_of_every_checkpoint_that_can_be_made_are_known() -> None:
+    assert set(CONFIGS) == set(CHECKPOINTS)
+    for name, config in CONFIGS.items():
+        flags = CHECKPOINTS[name](Path(name))[-1]
+        assert ("--moe" in flags) == ("moe" in name)
+        assert detect_family(config()) == flags[flags.index("--family") + 1]
 
 
 def test_photographs_are_drawn_only_once(tmp_path: Path) -> None:

@@ -86,6 +86,27 @@ def test_plan_refuses_a_layout_that_breaks_a_rule(site: Site, tmp_path: Path) ->
     assert any("num_query_groups" in text for text in plan.refused)
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "parallel", "rule"),
+    [
+        ("tiny-qwen3_vl", "tensor_model_parallel_size = 4", "num_query_groups must be a multiple"),
+        ("tiny-qwen3_vl_moe", "tensor_model_parallel_size = 2", "needs sequence_parallel"),
+        ("sized-qwen3_vl_2b", "pipeline_model_parallel_size = 8", "must divide over the other stages"),
+    ],
+)
+def test_plan_knows_the_sizes_of_a_checkpoint_that_is_made_on_the_spot(
+    site: Site, tmp_path: Path, checkpoint: str, parallel: str, rule: str
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'extends = "{SEVEN_B}"\nname = "eight_ways"\n[parallel]\n{parallel}\n'
+        f'[model]\nfamily = "qwen3_vl"\ncheckpoint = "{checkpoint}"\n'
+    )
+    plan = plan_case(case_on("h200", recipe), site, baselines=tmp_path, probe=H200)
+    assert any(rule in text for text in plan.refused), plan.refused
+    assert "made on the spot" in plan.sizes_from
+
+
 def test_plan_refuses_checkpoints_that_the_disk_cannot_hold(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from models.common.processing import (
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
 from models.contract.families import load_architecture
-from models.conversion.tiny_config import tiny_config
+from models.contract.tiny_config import tiny_config
 from models.conversion.tiny_processor import write_processor_files
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_omni")

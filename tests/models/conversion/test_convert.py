@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.contract.errors import ConfigError, HarnessError, RunError, WeightMappingError
+from models.contract.tiny_config import tiny_config
 from models.conversion import convert, job, sinks
 from models.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from models.conversion.dcp_folder import open_dcp
 from models.conversion.tensor_source import TensorSpec
 from models.conversion.tiny import write_tiny_checkpoint
-from models.conversion.tiny_config import tiny_config
 from models.entry.convert import main
 
 KINDS = [("qwen2_5_vl", False), ("qwen3_vl", False), ("qwen3_vl", True), ("qwen3_omni", True)]

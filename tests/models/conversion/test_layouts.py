@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from models.contract.tiny_config import tiny_config
 from models.conversion.convert import Options, hf_to_megatron, megatron_to_hf
 from models.conversion.tiny import write_tiny_checkpoint
-from models.conversion.tiny_config import tiny_config
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 REPOSITORY = Path(__file__).parents[3]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from models.contract.families import load_architecture
-from models.conversion.tiny_config import tiny_config
+from models.contract.tiny_config import tiny_config
 from models.conversion.tiny_processor import write_processor_files
 
 

@@ -186,6 +186,25 @@ def test_any_number_of_channels_becomes_one(channels):
     assert decode_audio(data, 16000).shape == (800,)
 
 
+def test_audio_without_channels_says_so():
+    data = bytearray(wav(np.zeros((800, 1), np.float32)))
+    data[22:24] = b"\0\0"  # the header's number of channels
+    for look in (
+        lambda: probe_audio(bytes(data), "a.wav"),
+        lambda: decode_audio(bytes(data), 16000, "a.wav"),
+    ):
+        with pytest.raises(SampleRejected, match=r"corrupt audio: a\.wav: no channel"):
+            look()
+
+
+@pytest.mark.parametrize("rate", [8000, 48000])
+def test_audio_of_which_resampling_leaves_nothing_is_rejected(rate):
+    with pytest.raises(
+        SampleRejected, match=rf"corrupt audio: a\.wav: too short: 1 sample\(s\) at {rate} Hz"
+    ):
+        decode_audio(wav(np.zeros((1, 1), np.float32), rate), 16000, "a.wav")
+
+
 def test_sound_files_and_videos_pass_the_probe():
     probe_audio(wav(tone(16000)), "a.wav")
     probe_video(clip(), "v.mp4")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from models.common.weight_rules import check_table, hf_tensors
 from models.contract.families import load_architecture
-from models.conversion.tiny_config import tiny_config
+from models.contract.tiny_config import tiny_config
 from models.qwen2_5_vl.config import ModelConfig
 from models.qwen2_5_vl.weights import HUB, detect_layout, weight_table
 

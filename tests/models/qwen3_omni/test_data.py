@@ -16,7 +16,7 @@ from models.common.batching import build_batch
 from models.common.processing import DecodedVideo, load_processor, process_image
 from models.common.sequences import encode_sample
 from models.contract.families import load_architecture
-from models.conversion.tiny_config import tiny_config
+from models.contract.tiny_config import tiny_config
 from models.conversion.tiny_processor import write_processor_files
 from models.datasets.chat import render_chat, tokenize_chat
 from models.datasets.sample import Turn

@@ -2,7 +2,7 @@
 import re
 
 from models.common.weight_rules import check_table, hf_tensors
-from models.conversion.tiny_config import tiny_config
+from models.contract.tiny_config import tiny_config
 from models.conversion.tiny_omni import untouched_shapes
 from models.qwen3_omni.config import ModelConfig
 from models.qwen3_omni.weights import HUB, UNTOUCHED, detect_layout, weight_table

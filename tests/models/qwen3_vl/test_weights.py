@@ -3,7 +3,7 @@ import pytest
 
 from models.common.weight_rules import check_table, hf_tensors
 from models.contract.errors import WeightMappingError
-from models.conversion.tiny_config import tiny_config
+from models.contract.tiny_config import tiny_config
 from models.qwen3_vl.config import ModelConfig
 from models.qwen3_vl.weights import HUB, detect_layout, weight_table
 
