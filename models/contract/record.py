@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -127,12 +128,17 @@ def to_json_number(value: Any) -> Any:
 def write_run_info(directory: Path, info: RunInfo) -> None:
     """Replace ``run.json`` atomically."""
     text = json.dumps(to_json_number(info.model_dump(mode="json")), indent=1, ensure_ascii=False)
-    partial = directory / (RUN_FILE + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(directory / RUN_FILE)
+    partial = (
+        directory / f"{RUN_FILE}.{uuid4().hex}.partial"
+    )  # ranks that fail together write at the same time
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(directory / RUN_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def append_metrics(directory: Path, step: StepMetrics) -> None:

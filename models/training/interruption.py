@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -57,6 +58,7 @@ def signals_held() -> Iterator[None]:
     of that while the ranks wait for it. This process learns of the signal after the block, or at once where another
     of its threads takes it; either way the handler only takes note.
     """
+    resource_tracker.ensure_running()  # it lifts the mask of the thread that starts it: later would undo the next line
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

@@ -50,6 +50,8 @@ def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resu
         )
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / FAILURES, ignore_errors=True)  # of the attempt before
+    for half_written in directory.glob(f"{RUN_FILE}.*.partial"):  # by a rank that was killed
+        half_written.unlink(missing_ok=True)
     info = RunInfo(
         run_id=f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}",
         recipe=recipe.model_dump(mode="json"),

@@ -12,6 +12,8 @@ import pytest
 
 from models.training.interruption import HANG_EXIT_CODE, StopRequest, signals_held, stop_requests
 
+REPOSITORY = Path(__file__).parents[3]
+
 
 def test_stop_requests_remember_a_signal_and_put_the_handlers_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
@@ -68,3 +70,26 @@ def test_signals_held_arrive_here_and_never_in_what_was_started_meanwhile() -> N
     assert name == "SIGTERM"
     assert said == "still here"
     assert child.returncode == 0
+
+
+def test_signals_are_held_back_from_a_manager_that_the_first_save_starts(tmp_path: Path) -> None:
+    program = (
+        tmp_path / "program.py"
+    )  # a process of its own: in this one multiprocessing may have begun before
+    program.write_text("""
+import multiprocessing, os, signal
+from models.training.interruption import signals_held
+if __name__ == "__main__":
+    with signals_held():
+        manager = multiprocessing.get_context("spawn").Manager()
+        queue = manager.Queue()
+    os.kill(manager._process.pid, signal.SIGTERM)
+    queue.put("written")
+    print(queue.get())
+""")
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "written\n", done.stderr

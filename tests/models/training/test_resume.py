@@ -39,13 +39,15 @@ MARK = "QWEN_HARNESS_TEST_FOLDER"
 SAVE_INTERVAL = 2
 KILLS_PER_LAYOUT = 4
 LAYOUTS = [
-    pytest.param("megatron", 1, 1, id="megatron"),
-    pytest.param("megatron", 2, 1, id="megatron-dp2"),
-    pytest.param("megatron", 2, 2, id="megatron-tp2"),
-    pytest.param("fsdp2", 1, 1, id="fsdp2"),
-    pytest.param("fsdp2", 2, 1, id="fsdp2-dp2"),
+    pytest.param("megatron", 1, 1, 1, False, id="megatron"),
+    pytest.param("megatron", 2, 1, 1, False, id="megatron-dp2"),
+    pytest.param("megatron", 2, 2, 1, False, id="megatron-tp2"),
+    pytest.param("megatron", 2, 1, 2, True, id="megatron-pp2-async"),
+    pytest.param("fsdp2", 1, 1, 1, False, id="fsdp2"),
+    pytest.param("fsdp2", 2, 1, 1, False, id="fsdp2-dp2"),
+    pytest.param("fsdp2", 2, 1, 1, True, id="fsdp2-dp2-async"),
 ]
-"""Engine, processes, tensor-parallel size. Four kills each: twenty kill points."""
+"""Engine, processes, tensor- and pipeline-parallel size, asynchronous saves. Four kills each: 28 kill points."""
 
 
 class Trainer:
@@ -155,11 +157,13 @@ def trains(run: Path, before: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "num_processes", "tp"), LAYOUTS)
+@pytest.mark.parametrize(("engine", "num_processes", "tp", "pp", "is_async"), LAYOUTS)
 def test_kills_at_random_moments_change_no_number(
     engine: str,
     num_processes: int,
     tp: int,
+    pp: int,
+    is_async: bool,
     trainer: Trainer,
     make_recipe: MakeRecipe,
     tmp_path: Path,
@@ -168,13 +172,19 @@ def test_kills_at_random_moments_change_no_number(
     recipe = make_recipe(
         num_processes,
         train={"engine": engine, "train_iters": 16},
-        parallel={"tensor_model_parallel_size": tp},
-        checkpoint={"save_interval": SAVE_INTERVAL, "keep_last": 2, "save_final": True, "resharding": "data"},
+        parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+        checkpoint={
+            "save_interval": SAVE_INTERVAL,
+            "keep_last": 2,
+            "save_final": True,
+            "resharding": "data",
+            "async_save": is_async,
+        },
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut-0"
     duration = trainer.run(recipe, whole)
     training = sum(row["step_time_ms"] for row in iter_metrics(whole)) / 1000
-    moments = random.Random(f"{engine}{num_processes}{tp}")
+    moments = random.Random(f"{engine}{num_processes}{tp}{pp}{is_async}")
     kills = 0
     while kills < KILLS_PER_LAYOUT:
         before = stamp(cut)
@@ -194,11 +204,13 @@ def test_kills_at_random_moments_change_no_number(
         assert set(trainer.wait()) == {-signal.SIGKILL}
         kills += 1
         logger.info(
-            "%s-%d-tp%d: kill %d after iteration %d, %d saved",
-            engine, num_processes, tp, kills, last_row(cut, rows_of), saved_iteration(cut),
+            "%s-%d-tp%d-pp%d: kill %d after iteration %d, %d saved",
+            engine, num_processes, tp, pp, kills, last_row(cut, rows_of), saved_iteration(cut),
         )  # fmt: skip
-        # the run had at most one save interval, and the step in hand, that are not saved
-        assert last_row(cut, rows_of) <= saved_iteration(cut) + SAVE_INTERVAL
+        # the run had at most one save interval, and the step in hand, that are not saved; a save that is still being
+        # written in the background counts as none
+        num_unsaved = 2 * SAVE_INTERVAL if is_async else SAVE_INTERVAL
+        assert last_row(cut, rows_of) <= saved_iteration(cut) + num_unsaved
     trainer.run(recipe, cut, "--resume")
     assert_same_run(cut, whole, rows_of)
 

@@ -34,9 +34,11 @@ def test_the_first_failure_is_the_outcome(make_recipe: MakeRecipe, tmp_path: Pat
 def test_a_resumed_run_forgets_the_failures_before_it(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     claim_directory(tmp_path, make_recipe(), world_size=1, is_resume=True)
     record_failure(tmp_path, 0, ValueError("first attempt"))
+    (tmp_path / "run.json.0.partial").touch()  # it was killed while it wrote
     claim_directory(tmp_path, make_recipe(), world_size=1, is_resume=True)
     record_failure(tmp_path, 0, ValueError("second attempt"))
     assert "second attempt" in str(read_run_info(tmp_path).outcome.error)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_run_that_ended_well_stays_so(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -45,3 +47,20 @@ def test_a_run_that_ended_well_stays_so(make_recipe: MakeRecipe, tmp_path: Path)
     write_run_info(tmp_path, info)
     record_failure(tmp_path, 0, ValueError("while the interpreter shut down"))
     assert read_run_info(tmp_path).outcome.status == "completed"
+
+
+def test_ranks_that_fail_together_do_not_take_each_others_file(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_directory(tmp_path, make_recipe(), world_size=2, is_resume=False)
+    replace = Path.replace
+
+    def meanwhile_another_rank_writes(self: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        record_failure(tmp_path, 1, ValueError("second"))
+        return replace(self, target)
+
+    info = read_run_info(tmp_path)
+    monkeypatch.setattr(Path, "replace", meanwhile_another_rank_writes)
+    write_run_info(tmp_path, info)
+    assert not list(tmp_path.glob("*.partial"))
