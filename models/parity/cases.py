@@ -33,6 +33,12 @@ CASES: dict[str, tuple[tuple[Piece, ...], ...]] = {
         (("text", 11),),
         (("image", (1, 4, 8)), ("text", 6)),
     ),
+    "one token": ((("text", 1),), (("text", 2), ("image", (1, 4, 6)), ("text", 5)), (("text", 1),)),
+    "media at the end": (
+        (("text", 7),),
+        (("text", 1),),
+        (("text", 4), ("image", (1, 4, 4)), ("text", 3), ("video", (3, 4, 6))),
+    ),
 }
 
 AUDIO_CASES: dict[str, tuple[tuple[Piece, ...], ...]] = {
@@ -47,6 +53,7 @@ AUDIO_CASES: dict[str, tuple[tuple[Piece, ...], ...]] = {
         (("text", 9),),
         (("audio", 64), ("text", 2), ("image", (1, 4, 8)), ("text", 6)),
     ),
+    "audio at the end": ((("text", 1),), (("text", 6), ("image", (1, 4, 4)), ("text", 3), ("audio", 1))),
 }
 """Cases for models with an audio tower, beside :data:`CASES`."""
 

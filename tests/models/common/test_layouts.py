@@ -49,8 +49,9 @@ def check(
     cases: tuple[str, ...] = CASES,
     num_processes: int = 2,
     packed: bool = False,
+    multiple: int = 8,
 ) -> None:
-    jobs = make_jobs(model, layouts, cases=cases, packed=packed)
+    jobs = make_jobs(model, layouts, cases=cases, packed=packed, multiple=multiple)
     results = run_jobs(jobs, num_processes=num_processes, folder=folder)
     assert [result["name"] for result in results] == list(layouts)
     for result in results:
@@ -89,6 +90,19 @@ def test_audio_layouts_agree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["qwen3_vl", "qwen2_5_vl"])
 def test_packed_layouts_agree(model: str, tmp_path: Path) -> None:
     check(model, {"tp sp": SP, "pp 1+3": UNEVEN, "cp": CP, "dp": DP}, tmp_path, packed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3_vl", "qwen3_omni"])
+def test_packs_with_samples_of_one_token_and_media_at_the_end_agree(model: str, tmp_path: Path) -> None:
+    cases = (
+        "one token",
+        "media at the end",
+        *(("audio at the end", "text") if model == "qwen3_omni" else ()),
+    )
+    check(model, {"pp 1+3": UNEVEN, "dp": DP}, tmp_path, cases=cases, packed=True, multiple=1)
+    # as many tokens a sample as context parallelism needs, and no more
+    check(model, {"tp sp": SP, "cp": CP}, tmp_path, cases=cases, packed=True, multiple=4)
 
 
 @pytest.mark.slow
