@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.tensor import DTensor
@@ -45,6 +45,7 @@ class Fsdp2Engine:
         self.optimizer = build_adamw(recipe, model)
         self.scheduler = build_scheduler(recipe, self.optimizer)
         self._pending: Any = None
+        self._saving_group: Any = None
         moe = architecture.text.moe
         self._moe = moe if moe is not None and moe.aux_loss_coeff else None
         self._routers = RouterTap(model)
@@ -121,7 +122,10 @@ class Fsdp2Engine:
         """Write a torch DCP checkpoint."""
         state = self._state(with_optimizer=with_optimizer)
         if is_async:
-            self._pending = dcp.async_save(state, checkpoint_id=str(folder), process_group=self.ranks.control)
+            if self._saving_group is None and self.ranks.world_size > 1:
+                # of its own: the thread that saves talks while the step does, and each would get the other's message
+                self._saving_group = distributed.new_group(backend="gloo")
+            self._pending = dcp.async_save(state, checkpoint_id=str(folder), process_group=self._saving_group)
         else:
             dcp.save(state, checkpoint_id=str(folder))
 
