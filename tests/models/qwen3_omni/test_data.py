@@ -72,6 +72,9 @@ CASES = {
     "video with its sound": ("a<video>b", [(video(6, 2.0, 10), sound(3.0, 11))]),
     "long sound": ("a<video>b", [(video(4, 2.0, 12), sound(6.4, 13))]),
     "short sound": ("a<video>b", [(video(8, 2.0, 14), sound(0.5, 15))]),
+    "two videos with their sounds": (
+        "<video>a<video>", [(video(6, 2.0, 16), sound(2.9, 17)), (video(4, 2.0, 18), sound(0.02, 19))],
+    ),
 }  # fmt: skip
 
 
