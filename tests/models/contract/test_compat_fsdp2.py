@@ -147,7 +147,7 @@ def test_number_of_devices_can_be_given(files: Path) -> None:
         ("model.json", "3", "not an object"),
         ("model.json", json.dumps(MODEL | {"text_decoder": None}), "not an object"),
         ("model.json", json.dumps(MODEL | {"frozen": True}), "unknown keys"),
-        ("model.json", json.dumps(MODEL | {"text_decoder": {"freez": True}}), "unknown keys"),
+        ("model.json", json.dumps(MODEL | {"text_decoder": {"freezes": True}}), "unknown keys"),
         ("model.json", json.dumps(MODEL | {"text_decoder": {"freeze": "yes"}}), "true or false"),
         ("fsdp2.yaml", "- sharding_size\n", "not a mapping"),
         ("fsdp2.yaml", "num_to_forward_prefetch: 2\n", "no counterpart"),
