@@ -63,9 +63,8 @@ class MegatronEngine:
         for module in self.modules:
             _connect(module.config, self.recipe, self.chunks, self.optimizer)
             module.config.moe_grad_scale_func = self._scale_auxiliary
-        if (
-            self.ranks.layout["pp"] == 1
-        ):  # stages run forward before they know which backward pass is the last
+        # Pipeline stages run forward before they know which backward pass is the last.
+        if self.ranks.layout["pp"] == 1:
             self.modules[0].are_gradients_awaited = partial(optimizers.are_gradients_awaited, self.chunks[0])
 
     def forward_backward(
