@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A site with a tiny checkpoint and a few scenes, and recipes small enough to train inside a test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from models.contract.site import Site
 from models.conversion.tiny import write_tiny_checkpoint
 from models.datasets.prepare.job import write_dataset
 from models.datasets.prepare.synthetic import ConvertScene
+from tests.models.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -44,6 +45,14 @@ def all_families(site: Site) -> Site:
     }  # fmt: skip
     write_dataset(datasets / "scenes-audio", splits, ConvertScene("scenes-audio", 0), about={}, shard_size=16)
     return site
+
+
+@pytest.fixture(scope="module")
+def trainer(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """Starts runs of several processes."""
+    found = Trainer(site, tmp_path_factory.mktemp("trainer"))
+    yield found
+    found.close()
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 """fp16 with loss scaling through Megatron's optimizer: overflows are skipped and halve the scale, steps follow fp32."""
 
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from models.contract.site import Site
 from models.training import optimizer
 from models.training.progress import TrainOptions
 from models.training.start import train
+from tests.models.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
@@ -76,7 +74,7 @@ def test_steps_follow_fp32_within_the_rounding_of_fp16(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_layouts_scale_as_one_process_does(
-    site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
+    site: Site, trainer: Trainer, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
 ) -> None:
     changes: dict[str, Any] = {
         "precision": {"dtype": "fp16"}, "optimizer": OPTIMIZER, "train": {"train_iters": 9}
@@ -88,30 +86,9 @@ def test_layouts_scale_as_one_process_does(
         "dp": {},
     }
     for name, parallel in layouts.items():
-        launch(make_recipe(num_processes=2, parallel=parallel, **changes), site, tmp_path / name)
+        trainer.run(make_recipe(num_processes=2, parallel=parallel, **changes), tmp_path / name)
         rows = rows_of(tmp_path / name)
         print(name, [(row["lm_loss"], row["loss_scale"], row["grad_norm"]) for row in rows])  # noqa: T201 - the record
         check_scaling(rows)
         assert [row["loss_scale"] for row in rows] == [row["loss_scale"] for row in one]
         assert [row["lm_loss"] for row in rows] == pytest.approx([row["lm_loss"] for row in one], rel=1e-3)
-
-
-def launch(recipe: Recipe, site: Site, folder: Path) -> None:
-    """Train in the processes that the recipe asks for."""
-    recipe_file, site_file = folder.with_suffix(".toml"), folder.with_suffix(".site.toml")
-    recipe_file.write_text(to_toml(recipe.model_dump(mode="json", exclude_none=True)))
-    site_file.write_text(to_toml(site.model_dump()))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    job = ["--recipe", str(recipe_file), "--run-dir", str(folder), "--site", str(site_file)]
-    command = [*launcher, str(recipe.num_processes), "-m", "models.entry.train", *job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def to_toml(fields: dict[str, Any]) -> str:
-    """Numbers, texts and switches are written alike in TOML and JSON."""
-    plain = {key: value for key, value in fields.items() if not isinstance(value, dict)}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
-    for section in sorted(fields.keys() - plain.keys()):
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in fields[section].items())]
-    return "\n".join(lines) + "\n"
