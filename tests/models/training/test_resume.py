@@ -8,6 +8,8 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,37 @@ from tests.models.training.trainer import Trainer
 MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
 logger = logging.getLogger(__name__)
+TRAIN_ITERS = 16
 SAVE_INTERVAL = 2
 KILLS_PER_LAYOUT = 4
-LAYOUTS = [
-    pytest.param("megatron", 1, 1, 1, False, id="megatron"),
-    pytest.param("megatron", 2, 1, 1, False, id="megatron-dp2"),
-    pytest.param("megatron", 2, 2, 1, False, id="megatron-tp2"),
-    pytest.param("megatron", 2, 1, 2, True, id="megatron-pp2-async"),
-    pytest.param("fsdp2", 1, 1, 1, False, id="fsdp2"),
-    pytest.param("fsdp2", 2, 1, 1, False, id="fsdp2-dp2"),
-    pytest.param("fsdp2", 2, 1, 1, True, id="fsdp2-dp2-async"),
-]
-"""Engine, processes, tensor- and pipeline-parallel size, asynchronous saves. Four kills each: 28 kill points."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Of a run that is killed."""
+
+    engine: str
+    num_processes: int = 1
+    is_async: bool = False
+    parallel: dict[str, int] = field(default_factory=dict)
+    model: dict[str, str] = field(default_factory=dict)
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+MOE = {"family": "qwen3_vl", "checkpoint": "tiny-qwen3_vl_moe"}
+LAYOUTS = {
+    "megatron": Layout(engine="megatron"),
+    "megatron-dp2": Layout(engine="megatron", num_processes=2),
+    "megatron-tp2": Layout(engine="megatron", num_processes=2, parallel=TP2),
+    "megatron-pp2-async": Layout(engine="megatron", num_processes=2, parallel=PP2, is_async=True),
+    "megatron-moe-ep2": Layout(engine="megatron", num_processes=2, parallel=EP2, model=MOE),
+    "fsdp2": Layout(engine="fsdp2"),
+    "fsdp2-dp2": Layout(engine="fsdp2", num_processes=2),
+    "fsdp2-dp2-async": Layout(engine="fsdp2", num_processes=2, is_async=True),
+}
+"""Four kills each: 32 kill points."""
 
 
 def last_row(run: Path, rows_of: Rows) -> int:
@@ -55,52 +76,51 @@ def stamp(run: Path) -> str:
     return read_run_info(run).started_at if (run / RUN_FILE).exists() else ""
 
 
-def trains(run: Path, before: str) -> bool:
-    """Whether a later attempt than the one stamped `before` has begun to take steps."""
-    if not (run / RUN_FILE).exists():
-        return False
-    info = read_run_info(run)
-    return info.started_at != before and info.outcome.phase == "training"
+def has_saved(run: Path, before: str, saved_before: int) -> bool:
+    """Whether a later attempt than the one stamped `before` has finished a save."""
+    return stamp(run) != before and saved_iteration(run) > saved_before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "num_processes", "tp", "pp", "is_async"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_kills_at_random_moments_change_no_number(
-    engine: str,
-    num_processes: int,
-    tp: int,
-    pp: int,
-    is_async: bool,
+    layout: str,
+    all_families: Site,
     trainer: Trainer,
     make_recipe: MakeRecipe,
     tmp_path: Path,
     rows_of: Rows,
 ) -> None:
+    chosen = LAYOUTS[layout]
     recipe = make_recipe(
-        num_processes,
-        train={"engine": engine, "train_iters": 16},
-        parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+        chosen.num_processes,
+        model=chosen.model,
+        train={"engine": chosen.engine, "train_iters": TRAIN_ITERS},
+        parallel=chosen.parallel,
         checkpoint={
             "save_interval": SAVE_INTERVAL,
             "keep_last": 2,
             "save_final": True,
             "resharding": "data",
-            "async_save": is_async,
+            "async_save": chosen.is_async,
         },
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut-0"
     duration = trainer.run(recipe, whole)
     training = sum(row["step_time_ms"] for row in iter_metrics(whole)) / 1000
-    moments = random.Random(f"{engine}{num_processes}{tp}{pp}{is_async}")
-    kills = 0
+    moments = random.Random(layout)
+    kills = num_after_a_save = 0
     while kills < KILLS_PER_LAYOUT:
-        before = stamp(cut)
+        before, saved_before = stamp(cut), saved_iteration(cut)
         pids = trainer.start(recipe, cut, "--resume")
-        # one kill anywhere, the start and the loading included, the next while steps are taken and saved
-        has_ended = kills % 2 == 1 and trainer.has_ended_before(
-            lambda cut=cut, before=before: trains(cut, before)
-        )
-        wait_s = moments.uniform(0.0, 0.6) * training if kills % 2 else moments.uniform(0.05, 0.45) * duration
+        if (
+            kills % 2
+        ):  # while steps are taken and saved: the first save of this attempt is finished, more are to come
+            has_ended = trainer.has_ended_before(partial(has_saved, cut, before, saved_before))
+            wait_s = moments.uniform(0.0, 0.6) * training * (1 - saved_iteration(cut) / TRAIN_ITERS)
+        else:  # anywhere, the start and the loading included
+            has_ended = False
+            wait_s = moments.uniform(0.05, 0.45) * duration
         if has_ended or trainer.has_ended_within(wait_s):  # between kills it came to its end
             assert set(trainer.wait()) == {0}
             assert_same_run(cut, whole, rows_of)
@@ -110,14 +130,19 @@ def test_kills_at_random_moments_change_no_number(
             os.kill(pid, signal.SIGKILL)
         assert set(trainer.wait()) == {-signal.SIGKILL}
         kills += 1
+        num_after_a_save += saved_iteration(cut) > 0
         logger.info(
-            "%s-%d-tp%d-pp%d: kill %d after iteration %d, %d saved",
-            engine, num_processes, tp, pp, kills, last_row(cut, rows_of), saved_iteration(cut),
-        )  # fmt: skip
+            "%s: kill %d after iteration %d, %d saved",
+            layout,
+            kills,
+            last_row(cut, rows_of),
+            saved_iteration(cut),
+        )
         # the run had at most one save interval, and the step in hand, that are not saved; a save that is still being
         # written in the background counts as none
-        num_unsaved = 2 * SAVE_INTERVAL if is_async else SAVE_INTERVAL
+        num_unsaved = 2 * SAVE_INTERVAL if chosen.is_async else SAVE_INTERVAL
         assert last_row(cut, rows_of) <= saved_iteration(cut) + num_unsaved
+    assert num_after_a_save >= KILLS_PER_LAYOUT / 2  # resumes from a checkpoint, not only from the start
     trainer.run(recipe, cut, "--resume")
     assert_same_run(cut, whole, rows_of)
 
