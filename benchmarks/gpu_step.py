@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from benchmarks.kernel_profile import kernel_times, profile, profile_table
+from benchmarks.host_profile import host_profile
+from benchmarks.kernel_profile import idle_table, kernel_times, profile, profile_table
 from benchmarks.mock_batch import MockShape, mock_batch
 from models.common.batch import Batch
 from models.contract.architecture import Architecture
@@ -72,7 +73,11 @@ def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Re
                 "micro_batch_size": 1,
                 "global_batch_size": options.micro_batches * data_parallel,
             },
-            "optimizer": {"lr": 1e-5, "use_precision_aware_optimizer": options.precision_aware},
+            "optimizer": {
+                "lr": 1e-5,
+                "use_precision_aware_optimizer": options.precision_aware,
+                "cpu_offload_fraction": options.offload,
+            },
             "parallel": {
                 "tensor_model_parallel_size": options.tp,
                 "sequence_parallel": options.tp > 1,
@@ -122,9 +127,17 @@ def synchronize() -> None:
 
 
 def profile_step(engine: MegatronEngine, batches: list[Any], options: argparse.Namespace) -> None:
-    """Write what one step spends its device time on."""
-    profiler = profile(lambda: one_step(engine, batches, options))
-    Path(options.profile).write_text(profile_table(kernel_times(profiler)), encoding="utf-8")
+    """Write what one step spends its device time on, and its CPU time; every rank steps, the first one writes."""
+    is_first = engine.ranks.rank == 0
+    if options.profile:
+        profiler = profile(lambda: one_step(engine, batches, options))
+        if is_first:
+            tables = (profile_table(kernel_times(profiler)), idle_table(profiler))
+            Path(options.profile).write_text("\n".join(tables), encoding="utf-8")
+    if options.host_profile:
+        found = host_profile(lambda: one_step(engine, batches, options))
+        if is_first:
+            Path(options.host_profile).write_text(found, encoding="utf-8")
 
 
 def summarise(
@@ -183,7 +196,9 @@ def case_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--bf16-grads", action="store_true", help="reduce gradients in bf16 instead of fp32")
     parser.add_argument("--precision-aware", action="store_true")
+    parser.add_argument("--offload", type=float, default=0.0, help="share of optimizer states on the CPU")
     parser.add_argument("--profile", default="", help="write the profiler's table of one step to this file")
+    parser.add_argument("--host-profile", default="", help="write Python's profile of one step to this file")
     for name in ("tp", "pp", "cp", "ep"):
         parser.add_argument(f"--{name}", type=int, default=1)
     return parser
@@ -227,8 +242,7 @@ def run_case(options: argparse.Namespace, ceiling: float) -> dict[str, Any] | No
         engine.prepare()
         batches = make_batches(options, architecture, ranks)
         times = time_steps(engine, batches, options)
-        if options.profile and ranks.rank == 0:
-            profile_step(engine, batches, options)
+        profile_step(engine, batches, options)
         return summarise(options, recipe, architecture, times, ceiling) if ranks.rank == 0 else None
     finally:
         stop_distributed()

@@ -10,7 +10,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("sdpa", "flash", "fmha", "compute_dot_do_o", "convert_dq")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "cublas")),
     ("queries and keys", ("_split_forward", "_split_backward", "rope", "rotary")),
-    ("norms", ("rmsnorm", "rms_norm", "layernorm", "normalization")),
+    ("norms", ("_norm_forward", "_norm_backward", "rmsnorm", "layernorm", "layer_norm", "normalization")),
     ("MLP activation", ("gated_act", "silu", "swiglu", "gelu", "dact", "act_kernel")),
     ("loss", ("_loss_forward", "_loss_backward", "cross_entropy", "online_softmax", "element_mul")),
     ("optimizer", ("multi_tensor", "adam", "l2norm", "normtwo")),
@@ -56,6 +56,37 @@ def group_times(kernels: Mapping[str, tuple[float, int]]) -> dict[str, float]:
         group = group_of(kernel)
         times[group] = times.get(group, 0.0) + time_ms
     return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def idle_table(profiler: torch.profiler.profile, *, num_parts: int = 20, num_gaps: int = 12) -> str:
+    """Markdown: in which parts of the step the device had nothing to do, and after which kernels longest."""
+    events: Any = profiler.events()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name
+    )
+    begin, until = spans[0][0], max(end for _, end, _ in spans)
+    part = (until - begin) / num_parts
+    idle = [0.0] * num_parts
+    gaps: list[tuple[float, float, str, str]] = []
+    reached, last = begin, ""
+    for start, end, name in spans:
+        if start > reached:
+            idle[min(int((reached - begin) / part), num_parts - 1)] += start - reached
+            gaps.append((start - reached, reached - begin, last, name))
+        if end > reached:
+            reached, last = end, name
+    lines = [
+        f"Idle {sum(idle) / 1e3:.1f} of {(until - begin) / 1e3:.1f} ms; by twentieth of the step, in ms: "
+        + " ".join(f"{value / 1e3:.1f}" for value in idle),
+        "", "| gap ms | at ms | after | before |", "|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {gap / 1e3:.2f} | {at / 1e3:.1f} | `{before[:50]}` | `{after[:50]}` |"
+        for gap, at, before, after in sorted(gaps, reverse=True)[:num_gaps]
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def profile_table(kernels: Mapping[str, tuple[float, int]], *, num_kernels: int = 60) -> str:

@@ -31,6 +31,8 @@ CASES = (
     "--model qwen3_vl_2b --seq-length 4096 --images 4",
     "--model qwen3_vl_2b --seq-length 8192 --images 4 --recompute full",
     "--model qwen3_vl_2b --seq-length 4096 --images 4 --precision-aware",
+    "--model qwen3_vl_2b --seq-length 4096 --images 4 --offload 0.5",
+    "--model qwen3_vl_2b --seq-length 4096 --images 4 --offload 1.0",
     "--model qwen2_5_vl_3b --seq-length 4096 --images 4",
     "--model qwen2_5_vl_3b --seq-length 8192 --images 4 --bf16-grads",
     "--model qwen3_vl_4b --seq-length 4096 --images 4",

@@ -3,13 +3,14 @@
 
 from typing import Any
 
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
+from models.common.kernels.norm import residual_norm
 from models.common.kernels.qkv import split_and_turn
-from models.common.kernels.rms_norm import rms_norm
-from models.common.norms import RMSNorm
+from models.common.norms import LayerNorm, RMSNorm
 
 
 class ResidualRMSNorm(RMSNorm):
@@ -18,15 +19,27 @@ class ResidualRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """[s, b, h] -> normalised [s, b, h], and `x`."""
         assert self.eps is not None
-        return rms_norm(x, self.weight, self.eps)
+        return residual_norm(x, self.weight, None, self.eps)
+
+
+class ResidualLayerNorm(LayerNorm):
+    """Layer norm before attention or MLP; hands the residual on beside what it puts out."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[s, b, h] -> normalised [s, b, h], and `x`."""
+        return residual_norm(x, self.weight, self.bias, self.eps)
+
+
+def residual_norm_of(config: TransformerConfig) -> type[ResidualRMSNorm] | type[ResidualLayerNorm]:
+    """The norm a config asks for."""
+    return ResidualRMSNorm if config.normalization == "RMSNorm" else ResidualLayerNorm
 
 
 class FusedSelfAttention(SelfAttention):
     """Self-attention whose queries, keys and values leave the joined projection normalised and turned.
 
     megatron-core turns queries and keys after it got them, in :meth:`forward`; here that step is left out there and
-    taken with the split. With fewer groups than tensor-parallel ranks a rank holds a part of a group: megatron-core's
-    own way then.
+    taken with the split. No layout has fewer groups than tensor-parallel ranks, where a rank would hold half a group.
     """
 
     _angles: Tensor | None = None
@@ -50,8 +63,8 @@ class FusedSelfAttention(SelfAttention):
 
         Returns: [s, b, h], and a bias to be added later or None.
         """
-        groups = self.config.num_query_groups or self.config.num_attention_heads
-        if isinstance(rotary_pos_emb, Tensor) and groups >= self.world_size:
+        assert (self.config.num_query_groups or self.config.num_attention_heads) >= self.world_size
+        if isinstance(rotary_pos_emb, Tensor):
             self._angles, rotary_pos_emb = rotary_pos_emb, None
         try:
             return super().forward(
@@ -66,6 +79,7 @@ class FusedSelfAttention(SelfAttention):
         """[s, b, h] -> [s, b, n, d], [s, b, g, d], [s, b, g, d]."""
         if self._angles is None:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        wait_for_weights(self.q_layernorm, self.k_layernorm)
         linear_qkv: Any = self.linear_qkv
         mixed, _ = linear_qkv(hidden_states)
         return split_and_turn(
@@ -77,6 +91,14 @@ class FusedSelfAttention(SelfAttention):
             head_dim=self.hidden_size_per_attention_head,
             eps=self.config.layernorm_epsilon,
         )
+
+
+def wait_for_weights(*modules: Any) -> None:
+    """Do what data parallelism does before a module runs, for modules (or None) whose weights are used without them."""
+    for module in modules:
+        if module is not None:
+            for hook in module._forward_pre_hooks.values():
+                hook(module, ())
 
 
 def _weight(norm: Any) -> Tensor | None:

@@ -5,11 +5,11 @@ All give the same parameter names in a sharded checkpoint: TransformerEngine's l
 them (`linear_qkv.layer_norm_weight`), and separate norms, torch's and our own, are renamed to that.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -33,7 +33,18 @@ FUSED_NORM_NAMES = {
 ALIGNMENT = 8
 """Half-precision elements in 16 bytes: below that a row of a matrix misses the GPU's fast copies."""
 
-BIAS_DROPOUT_ADD: Any = get_bias_dropout_add  # megatron-core takes the function, its annotation says a class
+
+def residual_add(_training: bool, _is_fused: bool) -> Callable[[Any, Tensor, float], Tensor]:
+    """What a layer adds its residual with: no family has dropout, and a compiled function takes longer to call."""
+    return _add
+
+
+def _add(out_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, _probability: float) -> Tensor:
+    out, bias = out_and_bias
+    return residual + (out if bias is None else out + bias)
+
+
+RESIDUAL_ADD: Any = residual_add  # megatron-core takes the function, its annotation says a class
 
 
 class AlignedRowParallelLinear(RowParallelLinear):
@@ -63,12 +74,27 @@ def layer_spec(
         backend: `torch` runs everywhere; `te` needs transformer_engine and a GPU.
         is_causal: Decoder layers are, vision layers are not.
         is_moe: Experts instead of a dense MLP.
-        module: The layer class.
+        module: The layer class; with TransformerEngine it also gets the short way of :mod:`models.common.dense_layer`.
 
     Returns: What megatron-core builds a layer from.
     """
+    if backend == "te":
+        module = _with_short_way(module)
     submodules = (_te_layer if backend == "te" else _torch_layer)(config, is_causal=is_causal, is_moe=is_moe)
     return ModuleSpec(module=module, submodules=submodules)
+
+
+@cache
+def _with_short_way(module: type[TransformerLayer]) -> type[TransformerLayer]:
+    from models.common.dense_layer import DenseLayer  # its kernels need Triton
+
+    if module is TransformerLayer:
+        return DenseLayer
+    bases: tuple[Any, ...] = (
+        module,
+        DenseLayer,
+    )  # what the class does around a layer it does around the short way
+    return type(module.__name__, bases, {})
 
 
 def _mask_type(is_causal: bool) -> AttnMaskType:
@@ -97,10 +123,10 @@ def _torch_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) ->
                 k_layernorm=qk_norm,
             ),
         ),
-        self_attn_bda=BIAS_DROPOUT_ADD,
+        self_attn_bda=RESIDUAL_ADD,
         pre_mlp_layernorm=norm,
         mlp=mlp,
-        mlp_bda=BIAS_DROPOUT_ADD,
+        mlp_bda=RESIDUAL_ADD,
         sharded_state_dict_keys_map=_fused_norm_names(is_moe=is_moe),
     )
 
@@ -117,11 +143,13 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
     )
     from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
-    from models.common.fused_layers import FusedSelfAttention, ResidualRMSNorm
+    from models.common.fused_layers import FusedSelfAttention, residual_norm_of
 
     # A norm inside TransformerEngine's linear layer puts out fp8 at once; in bf16 our own one is faster.
-    has_own_norm = config.normalization == "RMSNorm" and config.fp8 is None
-    norm: Any = ResidualRMSNorm if has_own_norm else IdentityOp  # its output is a pair, which the layer knows
+    has_own_norm = config.fp8 is None
+    norm: Any = (
+        residual_norm_of(config) if has_own_norm else IdentityOp
+    )  # puts out a pair, which the layer knows
     normed_linear = TEColumnParallelLinear if has_own_norm else TELayerNormColumnParallelLinear
     if is_moe:
         grouped = GroupedMLPSubmodules(
@@ -155,10 +183,10 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
                 k_layernorm=qk_norm,
             ),
         ),
-        self_attn_bda=BIAS_DROPOUT_ADD,
+        self_attn_bda=RESIDUAL_ADD,
         pre_mlp_layernorm=mlp_norm,
         mlp=mlp,
-        mlp_bda=BIAS_DROPOUT_ADD,
+        mlp_bda=RESIDUAL_ADD,
         sharded_state_dict_keys_map=_fused_norm_names(is_moe=is_moe) if has_own_norm else {},
     )
 

@@ -49,7 +49,6 @@ def decoder_config(text: TextArchitecture, settings: ModelSettings) -> Transform
         mrope_section=list(text.mrope_section),
         bias_activation_fusion=is_cuda and not has_te_activation(text, settings),
         use_te_activation_func=has_te_activation(text, settings),
-        bias_dropout_fusion=is_cuda,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=settings.num_layers_in_first_pipeline_stage,
@@ -84,7 +83,6 @@ def vision_config(vision: VisionArchitecture, settings: ModelSettings) -> Transf
         normalization=vision.normalization,
         layernorm_epsilon=vision.layernorm_epsilon,
         **_vision_activation(vision, settings),
-        bias_dropout_fusion=settings.device == "cuda",
         hetereogenous_dist_checkpoint=True,
         **_common(settings),
     )

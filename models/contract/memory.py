@@ -99,8 +99,11 @@ def estimate_memory(recipe: Recipe, architecture: Architecture) -> MemoryEstimat
     trained_experts = experts if "language" not in frozen else 0
     width = BYTES[precision.dtype]
     gradient = 4 if precision.grad_reduce_in_fp32 or precision.dtype == "fp32" else width
-    # fp32 main copy and two fp32 moments; precision-aware: 2 bytes that complete bf16, and two bf16 moments
-    state = 6 if optimizer.use_precision_aware_optimizer else 8 + (0 if precision.dtype == "fp32" else 4)
+    # fp32 main copy and two fp32 moments; precision-aware: 2 bytes that complete bf16, and two bf16 moments. What
+    # offloading leaves on the device is in fp32 all the same.
+    state = 8 + (0 if precision.dtype == "fp32" else 4)
+    if optimizer.use_precision_aware_optimizer and optimizer.cpu_offload_fraction == 0:
+        state = 6
     state *= 1 - optimizer.cpu_offload_fraction
     shards = recipe.num_processes // (tp * pp) if optimizer.use_distributed_optimizer else 1
     expert_ranks = recipe.num_processes // (parallel.expert_model_parallel_size * etp * pp)

@@ -191,8 +191,10 @@ CHANGES: tuple[Change, ...] = (
     ("parallel.tensor_model_parallel_size = 4 with sequence_parallel = true", _tensor_parallel(4)),
     ("parallel.tensor_model_parallel_size = 8 with sequence_parallel = true", _tensor_parallel(8)),
     ("optimizer.cpu_offload_fraction = 0.5", lambda r: _if(
-        r.optimizer.cpu_offload_fraction < 0.5 and _is_megatron(r), "optimizer", cpu_offload_fraction=0.5)),
+        r.optimizer.cpu_offload_fraction < 0.5 and _is_megatron(r) and r.precision.dtype != "fp32", "optimizer",
+        cpu_offload_fraction=0.5, use_distributed_optimizer=True)),
     ("optimizer.cpu_offload_fraction = 1.0", lambda r: _if(
-        r.optimizer.cpu_offload_fraction < 1.0, "optimizer", cpu_offload_fraction=1.0)),
+        r.optimizer.cpu_offload_fraction < 1.0 and (r.precision.dtype != "fp32" or not _is_megatron(r)), "optimizer",
+        cpu_offload_fraction=1.0, use_distributed_optimizer=True)),
 )  # fmt: skip
 """Changes to try, mildest first: what costs no speed, then a little, then much."""

@@ -69,11 +69,24 @@ def _optimizer(recipe: Recipe) -> Iterator[LayoutProblem]:
             got=f"{settings.lr_warmup_iters} of {recipe.lr_decay_iters} iterations",
             fix=f"use less than {recipe.lr_decay_iters}",
         )  # fmt: skip
-    if settings.use_precision_aware_optimizer and not settings.use_distributed_optimizer:
+    needs_distributed_optimizer = {
+        "use_precision_aware_optimizer": settings.use_precision_aware_optimizer,
+        "cpu_offload_fraction": settings.cpu_offload_fraction > 0 and recipe.train.engine == "megatron",
+    }
+    for name, is_set in needs_distributed_optimizer.items():
+        if is_set and not settings.use_distributed_optimizer:
+            yield LayoutProblem(
+                rule=f"{name} needs use_distributed_optimizer", where=f"optimizer.{name}",
+                got="use_distributed_optimizer = false", fix="set use_distributed_optimizer = true",
+            )  # fmt: skip
+    if (
+        settings.cpu_offload_fraction > 0
+        and recipe.precision.dtype == "fp32"
+        and recipe.train.engine == "megatron"
+    ):
         yield LayoutProblem(
-            rule="use_precision_aware_optimizer needs use_distributed_optimizer",
-            where="optimizer.use_precision_aware_optimizer", got="use_distributed_optimizer = false",
-            fix="set use_distributed_optimizer = true",
+            rule="cpu_offload_fraction moves the fp32 copies of 16-bit weights, and fp32 weights have none",
+            where="optimizer.cpu_offload_fraction", got="precision.dtype = fp32", fix="set it to 0, or use bf16",
         )  # fmt: skip
     overlapped = parallel.overlap_grad_reduce and settings.use_distributed_optimizer
     if parallel.overlap_param_gather and not overlapped:

@@ -46,7 +46,9 @@ class MegatronEngine:
         self, recipe: Recipe, architecture: Architecture, ranks: Ranks, patches: tuple[str, ...]
     ) -> None:
         optimizers.check_optimizer(recipe, ranks.device)
-        self.recipe, self.ranks, self.patches = recipe, ranks, patches
+        assert ranks.groups is not None
+        self.recipe = optimizers.without_idle_overlap(recipe, ranks.groups)
+        self.ranks, self.patches = ranks, patches
         self.modules = build_chunks(recipe, architecture, ranks)
         self.chunks: list[Any] = []
         self.optimizer: Any = None

@@ -5,7 +5,8 @@ Done one by one this is a copy, a norm and a rotation of the queries, the same o
 backward all of it again: 5% of a step of Qwen3-VL-4B on an H100.
 """
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -58,47 +59,86 @@ class _SplitAndTurn(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         mixed, angles = mixed.contiguous(), angles.contiguous()
-        s, b, width = mixed.shape
-        queries = width // (num_groups * head_dim) - 2
-        query = mixed.new_empty(s, b, num_groups * queries, head_dim)
-        key, value = (mixed.new_empty(s, b, num_groups, head_dim) for _ in range(2))
-        ctx.sizes = (num_groups, queries, head_dim, eps)
+        ctx.sizes = HeadSizes(num_groups, mixed.shape[-1] // (num_groups * head_dim) - 2, head_dim, eps)
         ctx.save_for_backward(mixed, angles, query_weight, key_weight)
-        _split_forward[_grid(mixed, num_groups)](
-            mixed, angles, query_weight, key_weight, query, key, value, s * b, eps,
-            **_constants(ctx.sizes, query_weight),
-        )  # fmt: skip
-        return query, key, value
+        return split_forward(mixed, angles, query_weight, key_weight, ctx.sizes)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         mixed, angles, query_weight, key_weight = ctx.saved_tensors
-        num_groups, _, head_dim, eps = ctx.sizes
-        d_query, d_key, d_value = (gradient.contiguous() for gradient in grad_outputs)
-        d_mixed = torch.empty_like(mixed)
-        grid = _grid(mixed, num_groups)
-        d_weights = None
-        if query_weight is not None:
-            d_weights = mixed.new_empty(grid[0] * grid[1], 2, head_dim, dtype=torch.float32)
-        _split_backward[grid](
-            mixed, angles, query_weight, key_weight, d_query, d_key, d_value, d_mixed, d_weights,
-            mixed.shape[0] * mixed.shape[1], eps, **_constants(ctx.sizes, query_weight),
-        )  # fmt: skip
+        d_mixed, d_weights = split_backward(mixed, angles, query_weight, key_weight, ctx.sizes, grad_outputs)
         d_query_weight = d_key_weight = None
         if d_weights is not None:
-            d_query_weight, d_key_weight = d_weights.sum(dim=0).to(mixed.dtype)
+            d_query_weight, d_key_weight = d_weights.to(mixed.dtype)
         return d_mixed, None, d_query_weight, d_key_weight, None, None, None
 
 
-def _grid(mixed: Tensor, num_groups: int) -> tuple[int, int]:
-    return -(-mixed.shape[0] * mixed.shape[1] // ROWS), num_groups
+class HeadSizes(NamedTuple):
+    """How a joined projection is made up."""
+
+    num_groups: int
+    queries: int
+    """Query heads of a group."""
+    head_dim: int
+    eps: float
+    """Of the norms over queries and keys."""
 
 
-def _constants(sizes: tuple[int, int, int, float], weight: Tensor | None) -> dict[str, Any]:
-    _, queries, head_dim, _ = sizes
-    half = head_dim // 2
+def split_forward(
+    mixed: Tensor, angles: Tensor, query_weight: Tensor | None, key_weight: Tensor | None, sizes: HeadSizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`split_and_turn`, for contiguous tensors and without gradients."""
+    s, b, _ = mixed.shape
+    query = mixed.new_empty(s, b, sizes.num_groups * sizes.queries, sizes.head_dim)
+    key, value = (mixed.new_empty(s, b, sizes.num_groups, sizes.head_dim) for _ in range(2))
+    _split_forward[_grid(mixed, sizes)](
+        mixed, angles, query_weight, key_weight, query, key, value, s * b, sizes.eps,
+        **_constants(sizes, query_weight),
+    )  # fmt: skip
+    return query, key, value
+
+
+def split_backward(
+    mixed: Tensor,
+    angles: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    sizes: HeadSizes,
+    gradients: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of :func:`split_forward`.
+
+    Args:
+        mixed: Its input.
+        angles: Its input.
+        query_weight: Its input.
+        key_weight: Its input.
+        sizes: Its input.
+        gradients: Of queries, keys and values.
+
+    Returns: Gradient of `mixed`, and those of both weights, [2, d] float32, or None.
+    """
+    d_query, d_key, d_value = (gradient.contiguous() for gradient in gradients)
+    d_mixed = torch.empty_like(mixed)
+    grid = _grid(mixed, sizes)
+    d_weights = None
+    if query_weight is not None:
+        d_weights = mixed.new_empty(grid[0] * grid[1], 2, sizes.head_dim, dtype=torch.float32)
+    _split_backward[grid](
+        mixed, angles, query_weight, key_weight, d_query, d_key, d_value, d_mixed, d_weights,
+        mixed.shape[0] * mixed.shape[1], sizes.eps, **_constants(sizes, query_weight),
+    )  # fmt: skip
+    return d_mixed, None if d_weights is None else d_weights.sum(dim=0)
+
+
+def _grid(mixed: Tensor, sizes: HeadSizes) -> tuple[int, int]:
+    return -(-mixed.shape[0] * mixed.shape[1] // ROWS), sizes.num_groups
+
+
+def _constants(sizes: HeadSizes, weight: Tensor | None) -> dict[str, Any]:
+    half = sizes.head_dim // 2
     return {
-        "QUERIES": queries, "HALF": half, "BLOCK": triton.next_power_of_2(half), "ROWS": ROWS,
+        "QUERIES": sizes.queries, "HALF": half, "BLOCK": triton.next_power_of_2(half), "ROWS": ROWS,
         "HAS_NORM": weight is not None, "num_warps": WARPS,
     }  # fmt: skip
 

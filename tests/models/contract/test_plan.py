@@ -54,15 +54,15 @@ def test_plan_names_the_smallest_change_that_fits() -> None:
     recipe = load_recipe(SUITES / "convergence" / "qwen3_vl_8b_one_gpu.toml")
     plan = plan_training(recipe, architecture("qwen3_vl_8b"), memory_gib=96, bf16_tflops=148.0)
     assert not plan.fits
-    assert plan.suggestion == "optimizer.cpu_offload_fraction = 0.5"
-    with pytest.raises(ConfigError, match=r"cpu_offload_fraction = 0\.5"):
+    assert plan.suggestion == "optimizer.cpu_offload_fraction = 1.0"
+    with pytest.raises(ConfigError, match=r"cpu_offload_fraction = 1\.0"):
         require_fit(plan, recipe)
 
 
 def test_plan_suggestion_is_true() -> None:
     recipe = load_recipe(SUITES / "convergence" / "qwen3_vl_8b_one_gpu.toml")
     data = recipe.model_dump(mode="json")
-    data["optimizer"]["cpu_offload_fraction"] = 0.5
+    data["optimizer"]["cpu_offload_fraction"] = 1.0
     changed = parse_recipe(data, where="changed")
     assert plan_training(changed, architecture("qwen3_vl_8b"), memory_gib=96, bf16_tflops=None).fits
 

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dense transformer layer as two autograd functions around the attention core.
+
+    norm, joined projection, split, heads' norms, rotation      -> queries, keys, values
+    attention core
+    projection, residual, norm, MLP, residual                   -> the layer's output
+
+One by one, with megatron-core's and TransformerEngine's modules, a layer costs the CPU about eight milliseconds forward
+and backward (a Xeon beside an H100), more than the GPU needs for a layer of a vision tower: it waits for launches.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig, TransformerLayer
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+from models.common.fused_layers import FusedSelfAttention, wait_for_weights
+from models.common.kernels.norm import NormStatistics, norm_backward, norm_forward
+from models.common.kernels.products import (
+    bias_gradient,
+    linear,
+    linear_onto,
+    vector_gradients,
+    weight_gradient,
+)
+from models.common.kernels.qkv import HeadSizes, split_backward, split_forward
+from models.common.kernels.swiglu import swiglu_backward, swiglu_forward
+from models.common.specs import ALIGNMENT
+
+
+class DenseLayer(TransformerLayer):
+    """TransformerLayer that takes the short way where one is open to it, with the same parameters and results.
+
+    Open: on our kernels, on one tensor-parallel rank, in 16 or 32 bits, for a dense MLP, and while nobody watches the
+    modules inside.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        mlp: Any = self.mlp
+        attention: Any = self.self_attention
+        self._activation = mlp_activation(config)
+        self._is_short = (
+            isinstance(attention, FusedSelfAttention)
+            and isinstance(mlp, MLP)
+            and self._activation is not None
+            and self.pg_collection.tp.size() == 1
+            and config.fp8 is None
+            and config.recompute_granularity != "selective"
+        )
+        if self._is_short:
+            parts = (
+                self.input_layernorm, attention.linear_qkv, attention.q_layernorm, attention.k_layernorm,
+                attention.linear_proj, self.pre_mlp_layernorm, mlp.linear_fc1, mlp.linear_fc2,
+            )  # fmt: skip
+            self._owners = [part for part in parts if part is not None]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the layer; see TransformerLayer.
+
+        Args:
+            hidden_states: [s, b, h].
+            args: As TransformerLayer takes them.
+            kwargs: As TransformerLayer takes them.
+
+        Returns: [s, b, h] and `context`.
+        """
+        angles: Any = kwargs.get("rotary_pos_emb")
+        is_plain = isinstance(angles, Tensor) and kwargs.get("inference_context") is None
+        if not (self._is_short and is_plain) or self._is_watched():
+            return cast(Any, super().forward(hidden_states, *args, **kwargs))
+        wait_for_weights(*self._owners)
+        return self._forward(hidden_states, angles, kwargs.get("packed_seq_params")), kwargs.get("context")
+
+    def _is_watched(self) -> bool:
+        inside: tuple[Any, ...] = (self.self_attention, self.mlp, *self._owners)
+        return any(
+            module._forward_hooks or module._forward_pre_hooks_with_kwargs or module._backward_hooks
+            for module in inside
+        )
+
+    def _forward(self, hidden_states: Tensor, angles: Tensor, segments: Any) -> Tensor:
+        attention: Any = self.self_attention
+        mlp: Any = self.mlp
+        sizes = HeadSizes(
+            attention.num_query_groups_per_partition,
+            attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition,
+            attention.hidden_size_per_attention_head,
+            self.config.layernorm_epsilon,
+        )
+        query, key, value, residual = cast(
+            tuple[Tensor, ...],
+            _BeforeAttention.apply(
+                hidden_states, angles, *_parameters(self.input_layernorm), *_parameters(attention.linear_qkv),
+                _weight(attention.q_layernorm), _weight(attention.k_layernorm), sizes,
+            ),
+        )  # fmt: skip
+        attended = attention.core_attention(
+            query, key, value, None,
+            attn_mask_type=attention.attn_mask_type, attention_bias=None, packed_seq_params=segments,
+        )  # fmt: skip
+        out = _AfterAttention.apply(
+            attended, residual, *_parameters(attention.linear_proj), *_parameters(self.pre_mlp_layernorm),
+            *_parameters(mlp.linear_fc1), *_parameters(mlp.linear_fc2), self._activation,
+            self.config.layernorm_epsilon,
+        )  # fmt: skip
+        return cast(Tensor, out)
+
+
+def mlp_activation(config: TransformerConfig) -> str | None:
+    """What a config's MLP does between its two products: `swiglu`, `gelu`, `gelu_tanh`, or None for anything else."""
+    function = config.activation_func
+    if config.gated_linear_unit:
+        return "swiglu" if function is F.silu else None
+    if isinstance(function, partial) and function.func is F.gelu:
+        return "gelu_tanh" if function.keywords == {"approximate": "tanh"} else None
+    # megatron-core's fusion of F.gelu with the bias is the tanh approximation
+    return ("gelu_tanh" if config.bias_activation_fusion else "gelu") if function is F.gelu else None
+
+
+def _weight(norm: Any) -> Tensor | None:
+    return None if norm is None or isinstance(norm, IdentityOp) else norm.weight
+
+
+def _parameters(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias; TransformerEngine says with an empty tensor that there is no bias."""
+    bias = getattr(module, "bias", None)
+    return module.weight, None if bias is None or bias.numel() == 0 else bias
+
+
+class _BeforeAttention(torch.autograd.Function):
+    """[s, b, h] -> queries [s, b, n, d], keys and values [s, b, g, d], and the residual [s, b, h]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        angles: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        query_weight: Tensor | None,
+        key_weight: Tensor | None,
+        sizes: HeadSizes,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = hidden_states.contiguous().view(-1, hidden_states.shape[-1])
+        angles = angles.contiguous()
+        normed, statistics = norm_forward(rows, norm_weight, norm_bias, sizes.eps)
+        mixed = linear(normed, weight, bias).view(*hidden_states.shape[:2], -1)
+        ctx.save_for_backward(rows, normed, mixed, angles, *statistics)
+        ctx.parameters = (norm_weight, norm_bias, weight, bias, query_weight, key_weight)
+        ctx.sizes = sizes
+        parts = split_forward(mixed, angles, query_weight, key_weight, sizes)
+        return *parts, hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, normed, mixed, angles, *statistics = ctx.saved_tensors
+        norm_weight, norm_bias, weight, bias, query_weight, key_weight = ctx.parameters
+        *d_parts, passed = grad_outputs
+        d_mixed, d_heads = split_backward(mixed, angles, query_weight, key_weight, ctx.sizes, d_parts)
+        d_out = d_mixed.view(len(rows), -1)
+        d_weight = weight_gradient(weight, d_out, normed)
+        d_rows, d_norm_weight, d_norm_bias = norm_backward(
+            rows,
+            norm_weight,
+            NormStatistics(*statistics),
+            d_out @ weight,
+            passed.contiguous().view(rows.shape),
+        )
+        d_query, d_key = (None, None) if d_heads is None else d_heads
+        vectors = (norm_weight, norm_bias, bias, query_weight, key_weight)
+        gradients = (d_norm_weight, d_norm_bias, bias_gradient(bias, d_out), d_query, d_key)
+        d_norm_weight, d_norm_bias, d_bias, d_query, d_key = vector_gradients(vectors, gradients)
+        d_states = d_rows.view(passed.shape)
+        return d_states, None, d_norm_weight, d_norm_bias, d_weight, d_bias, d_query, d_key, None
+
+
+class _AfterAttention(torch.autograd.Function):
+    """What attention put out [s, b, n * d] and the residual [s, b, h] -> the layer's output [s, b, h]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        attended: Tensor,
+        residual: Tensor,
+        proj: Tensor,
+        proj_bias: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor | None,
+        fc1: Tensor,
+        fc1_bias: Tensor | None,
+        fc2: Tensor,
+        fc2_bias: Tensor | None,
+        activation: str,
+        eps: float,
+    ) -> Tensor:
+        heads = attended.reshape(-1, attended.shape[-1])
+        middle = linear_onto(residual, heads, proj, proj_bias)
+        rows = middle.view(-1, middle.shape[-1])
+        normed, statistics = norm_forward(rows, norm_weight, norm_bias, eps)
+        inner = linear(normed, fc1, fc1_bias)
+        activated = _activate(inner, activation)
+        ctx.save_for_backward(heads, rows, normed, inner, activated, *statistics)
+        ctx.parameters = (proj, proj_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias)
+        ctx.activation, ctx.attended_shape = activation, attended.shape
+        return linear_onto(middle, activated, _padded(fc2, activated.shape[1]), fc2_bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        heads, rows, normed, inner, activated, *statistics = ctx.saved_tensors
+        proj, proj_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias = ctx.parameters
+        shape = grad_outputs[0].shape
+        d_out = grad_outputs[0].contiguous().view(rows.shape)
+        d_fc2 = weight_gradient(fc2, d_out, activated[:, : fc2.shape[1]])
+        d_inner = _activation_backward(d_out @ _padded(fc2, activated.shape[1]), inner, ctx.activation)
+        d_fc1 = weight_gradient(fc1, d_inner, normed)
+        d_middle, d_norm_weight, d_norm_bias = norm_backward(
+            rows, norm_weight, NormStatistics(*statistics), d_inner @ fc1, d_out
+        )
+        d_proj = weight_gradient(proj, d_middle, heads)
+        d_attended = (d_middle @ proj).view(ctx.attended_shape)
+        vectors = (proj_bias, norm_weight, norm_bias, fc1_bias, fc2_bias)
+        gradients = (
+            bias_gradient(proj_bias, d_middle), d_norm_weight, d_norm_bias,
+            bias_gradient(fc1_bias, d_inner), bias_gradient(fc2_bias, d_out),
+        )  # fmt: skip
+        d_proj_bias, d_norm_weight, d_norm_bias, d_fc1_bias, d_fc2_bias = vector_gradients(vectors, gradients)
+        return (
+            d_attended, d_middle.view(shape), d_proj, d_proj_bias, d_norm_weight, d_norm_bias,
+            d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, None, None,
+        )  # fmt: skip
+
+
+def _activate(inner: Tensor, activation: str) -> Tensor:
+    if activation == "swiglu":
+        width = inner.shape[1] // 2
+        return swiglu_forward(inner, width + -width % ALIGNMENT)
+    return F.gelu(inner, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _activation_backward(gradient: Tensor, inner: Tensor, activation: str) -> Tensor:
+    if activation == "swiglu":
+        return swiglu_backward(gradient, inner)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(gradient, inner, approximate=approximate)
+
+
+def _padded(weight: Tensor, width: int) -> Tensor:
+    """[o, i] -> [o, width] with zeros behind: Qwen2.5-VL's vision MLP is 3,420 wide, which is not aligned."""
+    return weight if weight.shape[1] == width else F.pad(weight, (0, width - weight.shape[1]))

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of a linear layer, and gradients that go straight to where Megatron sums them over micro-batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[t, i] with a weight [o, i] -> [t, o]."""
+    return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+
+
+def linear_onto(residual: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer's output [t, o] added to the residual [..., o]; a new tensor of the residual's shape."""
+    out = residual.new_empty(residual.shape)
+    flat = out.view(-1, out.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.t(), out=flat)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=flat)
+    return out.add_(residual)
+
+
+def weight_gradient(weight: Tensor, d_out: Tensor, rows: Tensor) -> Tensor | None:
+    """Gradient of a linear layer's weight [o, i] from that of its output [t, o] and its input [t, i].
+
+    Where data parallelism keeps a main gradient it is added there in the product itself, and what is returned only
+    tells autograd that it came; its values mean nothing. None for a frozen weight.
+    """
+    if not weight.requires_grad:
+        return None
+    main_grad = _main_grad(weight)
+    if main_grad is None:
+        return d_out.t() @ rows
+    if main_grad.dtype == rows.dtype:
+        main_grad.addmm_(d_out.t(), rows)
+    elif rows.is_cuda:
+        torch.addmm(main_grad, d_out.t(), rows, out_dtype=main_grad.dtype, out=main_grad)
+    else:
+        main_grad.add_(d_out.t() @ rows)
+    return _delivered(weight)
+
+
+def vector_gradients(
+    vectors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of biases and norms, given in fp32, as :func:`weight_gradient` returns them; all in one kernel."""
+    main_grads: list[Tensor] = []
+    added: list[Tensor] = []
+    returned: list[Tensor | None] = []
+    for vector, gradient in zip(vectors, gradients, strict=True):
+        if vector is None or gradient is None or not vector.requires_grad:
+            returned.append(None)
+            continue
+        main_grad = _main_grad(vector)
+        if main_grad is None:
+            returned.append(gradient.to(vector.dtype))
+            continue
+        main_grads.append(main_grad)
+        added.append(gradient)
+        returned.append(_delivered(vector))
+    if added:
+        torch._foreach_add_(main_grads, added)
+    return returned
+
+
+def bias_gradient(bias: Tensor | None, d_out: Tensor) -> Tensor | None:
+    """Sum over rows, [t, o] -> [o] float32; None without a bias to be trained."""
+    return None if bias is None or not bias.requires_grad else d_out.sum(dim=0, dtype=torch.float32)
+
+
+def _main_grad(parameter: Any) -> Tensor | None:
+    """Megatron's data parallelism has given the parameter both, or it has none."""
+    return parameter.main_grad if hasattr(parameter, "grad_added_to_main_grad") else None
+
+
+def _delivered(parameter: Any) -> Tensor:
+    parameter.grad_added_to_main_grad = True
+    return torch.empty_like(parameter)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SwiGLU, `silu(gate) * up`, of a joined projection, and its gradient. What is put out may be padded with zeros."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+def swiglu_forward(joined: Tensor, width: int) -> Tensor:
+    """[t, 2f], gates first -> [t, width] with zeros from f on; arithmetic is fp32."""
+    out = joined.new_empty(len(joined), width)
+    if len(joined):
+        grid = (len(joined), triton.cdiv(width, BLOCK))
+        _swiglu_forward[grid](joined, out, **_constants(joined, width))
+    return out
+
+
+def swiglu_backward(gradient: Tensor, joined: Tensor) -> Tensor:
+    """Gradient of `joined` [t, 2f] from that of the output [t, width]."""
+    d_joined = joined.new_empty(joined.shape)
+    if len(joined):
+        grid = (len(joined), triton.cdiv(joined.shape[1] // 2, BLOCK))
+        _swiglu_backward[grid](gradient, joined, d_joined, **_constants(joined, gradient.shape[1]))
+    return d_joined
+
+
+def _constants(joined: Tensor, width: int) -> dict[str, Any]:
+    return {"HALF": joined.shape[1] // 2, "WIDTH": width, "BLOCK": BLOCK, "num_warps": 4}
+
+
+@triton.jit
+def _swiglu_forward(joined, out, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    places = joined + row * 2 * HALF + lanes
+    gate = tl.load(places, lanes < HALF, 0.0).to(tl.float32)
+    up = tl.load(places + HALF, lanes < HALF, 0.0).to(tl.float32)
+    tl.store(out + row * WIDTH + lanes, gate * tl.sigmoid(gate) * up, lanes < WIDTH)
+
+
+@triton.jit
+def _swiglu_backward(
+    gradient, joined, d_joined, HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < HALF
+    places = row * 2 * HALF + lanes
+    gate = tl.load(joined + places, inside, 0.0).to(tl.float32)
+    up = tl.load(joined + places + HALF, inside, 0.0).to(tl.float32)
+    g = tl.load(gradient + row * WIDTH + lanes, inside, 0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(d_joined + places, g * up * (sigmoid + silu * (1.0 - sigmoid)), inside)
+    tl.store(d_joined + places + HALF, g * silu, inside)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer states on the CPU, in 16 bits, and in checkpoints that are written beside the next steps, on real GPUs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.contract.families import detect_family, family_part
+from models.contract.launcher import LauncherEnvironment
+from models.contract.recipe import Recipe
+from models.parity.compare import load
+from models.parity.jobs import make_jobs
+from models.training.megatron_engine import MegatronEngine
+from models.training.parallel import start_megatron, stop_distributed
+from tests.models.training.trainer import Trainer
+
+pytestmark = pytest.mark.gpu
+
+MakeRecipe = Callable[..., Recipe]
+Rows = Callable[[Path], list[dict[str, Any]]]
+NUM_STEPS = 8
+HALF, WHOLE = {"cpu_offload_fraction": 0.5}, {"cpu_offload_fraction": 1.0}
+PRECISION_AWARE = {"use_precision_aware_optimizer": True}
+OPTIMIZER = {"lr": 1e-3, "min_lr": 1e-3, "lr_warmup_iters": 0}
+
+
+@pytest.fixture(autouse=True)
+def visible_gpus(one_plain_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests beside these hide the GPUs."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+
+def steps(recipe: Recipe) -> tuple[MegatronEngine, list[float]]:
+    """An engine after some steps on one batch, and the loss of each."""
+    [job] = make_jobs("qwen3_vl", {"one": {}}, cases=("mixed", "text"), device="cuda")
+    launcher = LauncherEnvironment(rank=0, world_size=1, local_rank=0, is_launched=False)
+    architecture = family_part(detect_family(job.hf_config), "config").ModelConfig.from_hf(job.hf_config)
+    engine = MegatronEngine(recipe, architecture, start_megatron(recipe, launcher, timeout_s=60), ())
+    try:
+        load(engine.modules[0], job.weights)
+        engine.prepare()
+        losses = []
+        for _ in range(NUM_STEPS):
+            batches = list(job.batches[0])
+            denominator = sum(batch.num_supervised_tokens for batch in batches)
+            padded = sum(batch.input_ids.numel() for batch in batches)
+            sums = engine.forward_backward(batches, denominator=denominator, num_padded_tokens=padded)
+            assert engine.update().is_updated
+            losses.append(sums.loss / sums.denominator)
+        return engine, losses
+    finally:
+        stop_distributed()
+
+
+@pytest.mark.parametrize(
+    ("states", "share", "tolerance"),
+    [
+        pytest.param(HALF, 0.5, 2e-3, id="half offloaded"),
+        pytest.param(WHOLE, 1.0, 2e-3, id="offloaded"),
+        pytest.param(PRECISION_AWARE, 0.0, 1e-2, id="precision-aware"),
+        pytest.param(PRECISION_AWARE | HALF, 0.5, 2e-3, id="precision-aware and half offloaded"),
+    ],
+)
+def test_states_elsewhere_step_as_on_the_device(
+    states: dict[str, Any], share: float, tolerance: float, make_recipe: MakeRecipe
+) -> None:
+    plain = make_recipe(precision={"dtype": "bf16"}, optimizer=OPTIMIZER)
+    _, expected = steps(plain)
+    engine, losses = steps(make_recipe(precision={"dtype": "bf16"}, optimizer=OPTIMIZER | states))
+    print(states, [f"{loss / other - 1:.1e}" for loss, other in zip(losses, expected, strict=True)])  # noqa: T201 - the record
+    assert losses == pytest.approx(expected, rel=tolerance)
+    assert losses[-1] < 0.9 * losses[0]
+    [part] = engine.optimizer.chained_optimizers
+    if share:
+        offloaded = [
+            p
+            for inner in part.optimizer.cpu_optimizers
+            for group in inner.param_groups
+            for p in group["params"]
+        ]
+        assert {p.device.type for p in offloaded} == {"cpu"}
+        total = sum(p.numel() for p in engine.modules[0].parameters())
+        assert sum(p.numel() for p in offloaded) / total == pytest.approx(share, abs=0.25)
+        assert all(p.numel() == 0 or p.dtype == torch.bfloat16 for p in part.get_parameters())
+    else:
+        moments = {value.dtype for state in part.optimizer.state.values() for value in state.values()}
+        assert torch.bfloat16 in moments
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
+@pytest.mark.parametrize(
+    ("engine", "num_processes", "states"),
+    [
+        pytest.param("megatron", 1, HALF, id="megatron-half"),
+        pytest.param("megatron", 1, PRECISION_AWARE, id="megatron-precision-aware"),
+        pytest.param("megatron", 2, WHOLE, id="megatron-dp2-offloaded"),
+        pytest.param("fsdp2", 2, {}, id="fsdp2-dp2"),
+        pytest.param("fsdp2", 2, WHOLE, id="fsdp2-dp2-offloaded"),
+    ],
+)
+def test_run_that_goes_on_equals_the_whole_one(
+    engine: str, num_processes: int, states: dict[str, Any], *, is_async: bool, trainer: Trainer,
+    make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows,
+) -> None:  # fmt: skip
+    if torch.cuda.device_count() < num_processes:
+        pytest.skip(f"needs {num_processes} GPUs")
+    recipe = make_recipe(
+        num_processes,
+        train={"engine": engine},
+        precision={"dtype": "bf16"},
+        optimizer=OPTIMIZER | states,
+        checkpoint={"save_interval": 2, "async_save": is_async, "resharding": "data"},
+    )
+    trainer.run(recipe, tmp_path / "whole")
+    trainer.run(recipe, tmp_path / "cut", "--stop-after", "4")
+    trainer.run(recipe, tmp_path / "cut", "--resume")
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
