@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig, TransformerLayer
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
@@ -124,13 +123,12 @@ def mlp_activation(config: TransformerConfig) -> str | None:
 
 
 def _weight(norm: Any) -> Tensor | None:
-    return None if norm is None or isinstance(norm, IdentityOp) else norm.weight
+    return None if norm is None else norm._parameters.get("weight")
 
 
 def _parameters(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias; TransformerEngine says with an empty tensor that there is no bias."""
-    bias = getattr(module, "bias", None)
-    return module.weight, None if bias is None or bias.numel() == 0 else bias
+    """Weight and bias, or None for what a module does not have; past its attributes, which are slow to look up."""
+    return module._parameters["weight"], module._parameters.get("bias")
 
 
 class _BeforeAttention(torch.autograd.Function):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.parity.jobs import make_jobs, run_jobs
+from models.parity.single import LIMITS
 
 pytestmark = pytest.mark.gpu
 
@@ -20,6 +21,8 @@ FOUR = {"tp pp": TP | PP, "tp cp": TP | CP, "pp dp": PP | DP, "tp dp": TP | DP}
 EXPERTS = {"ep": DP | {"expert_model_parallel_size": 2}}
 LOSS, GRADIENT = 1e-5, 1e-3
 """Worst on H200: dense models 9.3e-8 and 3.9e-6 (two and four GPUs), experts 1.1e-6 and 5.7e-4 (two; the router)."""
+
+BF16_NORM = 2e-2
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
@@ -35,4 +38,26 @@ def test_nccl_layouts_agree_with_one_process(model: str, num_processes: int, tmp
         print(model, num_processes, result)  # noqa: T201 - the measured distances, for the record
         assert result["loss_error"] < LOSS, result
         assert result["gradient_error"] < GRADIENT, result
+        assert not result["missing"], result
+
+
+@pytest.mark.parametrize("names", ["tp sp,pp 1+3,dp", "cp"])
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_nccl_layouts_with_transformer_engine_agree_with_one_process(
+    model: str, names: str, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    te = {"attention_backend": "te", "dtype": torch.bfloat16}
+    jobs = make_jobs(
+        model,
+        {name: TWO[name] | te for name in names.split(",")},
+        cases=("mixed", "text", "images", "video"),
+        packed=True,
+        device="cuda",
+    )
+    for result in run_jobs(jobs, num_processes=2, folder=tmp_path):
+        print(model, "te", result)  # noqa: T201 - the measured distances, for the record
+        assert result["loss_error"] < LIMITS["bf16"].loss, result
+        assert result["gradient_norm_error"] < BF16_NORM, result
         assert not result["missing"], result

@@ -5,6 +5,7 @@ TransformerEngine has tuned kernels for some widths only; for the others its two
 long as the memory needs, and autograd adds the residual's gradient in one more pass.
 """
 
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -67,11 +68,12 @@ def norm_forward(
 ) -> tuple[Tensor, NormStatistics]:
     """[t, h] -> normalised [t, h] and what :func:`norm_backward` needs; see :func:`residual_norm`."""
     out = torch.empty_like(rows)
-    scales = rows.new_empty(len(rows), dtype=torch.float32)
+    num_rows, width = rows.shape
+    scales = rows.new_empty(num_rows, dtype=torch.float32)
     means = None if bias is None else torch.empty_like(scales)
-    if len(rows):
-        _norm_forward[(len(rows),)](
-            rows, weight, bias, out, means, scales, eps, **_constants(rows, bias, 1024)
+    if num_rows:
+        _norm_forward[(num_rows,)](
+            rows, weight, bias, out, means, scales, eps, **_constants(width, bias is not None, 1024)
         )
     return out, NormStatistics(means, scales)
 
@@ -91,24 +93,25 @@ def norm_backward(
     Returns: Gradients of `rows` [t, h] with `passed` added, of the weight [h] float32 and the bias [h] float32 or None.
     """
     d_rows = torch.empty_like(rows)
-    programs = -(-len(rows) // ROWS)
     means, scales = statistics
-    num_sums = 1 if means is None else 2
-    sums = rows.new_empty(programs, num_sums, rows.shape[1], dtype=torch.float32)
-    if len(rows):
+    num_rows, width = rows.shape
+    programs = -(-num_rows // ROWS)
+    sums = rows.new_empty(programs, 1 if means is None else 2, width, dtype=torch.float32)
+    if num_rows:
         _norm_backward[(programs,)](
-            rows, weight, means, scales, gradient, passed, d_rows, sums, len(rows),
-            ROWS=cast(Any, ROWS), **_constants(rows, means, 2048),
+            rows, weight, means, scales, gradient, passed, d_rows, sums, num_rows,
+            ROWS=cast(Any, ROWS), **_constants(width, means is not None, 2048),
         )  # fmt: skip
     total = sums.sum(dim=0)
     return d_rows, total[0], None if means is None else total[1]
 
 
-def _constants(rows: Tensor, centred: Tensor | None, per_warp: int) -> dict[str, Any]:
+@cache
+def _constants(width: int, is_centred: bool, per_warp: int) -> dict[str, Any]:
     """Sizes, and warps for so many elements each: what was fastest on an H100 for widths from 1,280 to 3,584."""
-    block: Any = triton.next_power_of_2(rows.shape[1])
+    block: Any = triton.next_power_of_2(width)
     warps = min(max(block // per_warp, 2), 16)
-    return {"IS_CENTRED": centred is not None, "WIDTH": rows.shape[1], "BLOCK": block, "num_warps": warps}
+    return {"IS_CENTRED": is_centred, "WIDTH": width, "BLOCK": block, "num_warps": warps}
 
 
 @triton.jit

@@ -6,6 +6,7 @@ backward all of it again: 5% of a step of Qwen3-VL-4B on an H100.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -93,7 +94,7 @@ def split_forward(
     key, value = (mixed.new_empty(s, b, sizes.num_groups, sizes.head_dim) for _ in range(2))
     _split_forward[_grid(mixed, sizes)](
         mixed, angles, query_weight, key_weight, query, key, value, s * b, sizes.eps,
-        **_constants(sizes, query_weight),
+        **_constants(sizes, query_weight is not None),
     )  # fmt: skip
     return query, key, value
 
@@ -126,7 +127,7 @@ def split_backward(
         d_weights = mixed.new_empty(grid[0] * grid[1], 2, sizes.head_dim, dtype=torch.float32)
     _split_backward[grid](
         mixed, angles, query_weight, key_weight, d_query, d_key, d_value, d_mixed, d_weights,
-        mixed.shape[0] * mixed.shape[1], sizes.eps, **_constants(sizes, query_weight),
+        mixed.shape[0] * mixed.shape[1], sizes.eps, **_constants(sizes, query_weight is not None),
     )  # fmt: skip
     return d_mixed, None if d_weights is None else d_weights.sum(dim=0)
 
@@ -135,11 +136,12 @@ def _grid(mixed: Tensor, sizes: HeadSizes) -> tuple[int, int]:
     return -(-mixed.shape[0] * mixed.shape[1] // ROWS), sizes.num_groups
 
 
-def _constants(sizes: HeadSizes, weight: Tensor | None) -> dict[str, Any]:
+@cache
+def _constants(sizes: HeadSizes, has_norm: bool) -> dict[str, Any]:
     half = sizes.head_dim // 2
     return {
         "QUERIES": sizes.queries, "HALF": half, "BLOCK": triton.next_power_of_2(half), "ROWS": ROWS,
-        "HAS_NORM": weight is not None, "num_warps": WARPS,
+        "HAS_NORM": has_norm, "num_warps": WARPS,
     }  # fmt: skip
 
 

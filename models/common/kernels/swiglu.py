@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SwiGLU, `silu(gate) * up`, of a joined projection, and its gradient. What is put out may be padded with zeros."""
 
+from functools import cache
 from typing import Any
 
 import triton
@@ -12,24 +13,27 @@ BLOCK = 1024
 
 def swiglu_forward(joined: Tensor, width: int) -> Tensor:
     """[t, 2f], gates first -> [t, width] with zeros from f on; arithmetic is fp32."""
-    out = joined.new_empty(len(joined), width)
-    if len(joined):
-        grid = (len(joined), triton.cdiv(width, BLOCK))
-        _swiglu_forward[grid](joined, out, **_constants(joined, width))
+    num_rows, joined_width = joined.shape
+    out = joined.new_empty(num_rows, width)
+    if num_rows:
+        grid = (num_rows, -(-width // BLOCK))
+        _swiglu_forward[grid](joined, out, **_constants(joined_width, width))
     return out
 
 
 def swiglu_backward(gradient: Tensor, joined: Tensor) -> Tensor:
     """Gradient of `joined` [t, 2f] from that of the output [t, width]."""
-    d_joined = joined.new_empty(joined.shape)
-    if len(joined):
-        grid = (len(joined), triton.cdiv(joined.shape[1] // 2, BLOCK))
-        _swiglu_backward[grid](gradient, joined, d_joined, **_constants(joined, gradient.shape[1]))
+    num_rows, joined_width = joined.shape
+    d_joined = joined.new_empty(num_rows, joined_width)
+    if num_rows:
+        grid = (num_rows, -(-joined_width // (2 * BLOCK)))
+        _swiglu_backward[grid](gradient, joined, d_joined, **_constants(joined_width, gradient.shape[1]))
     return d_joined
 
 
-def _constants(joined: Tensor, width: int) -> dict[str, Any]:
-    return {"HALF": joined.shape[1] // 2, "WIDTH": width, "BLOCK": BLOCK, "num_warps": 4}
+@cache
+def _constants(joined_width: int, width: int) -> dict[str, Any]:
+    return {"HALF": joined_width // 2, "WIDTH": width, "BLOCK": BLOCK, "num_warps": 4}
 
 
 @triton.jit

@@ -33,7 +33,8 @@ class Trainer:
         self.site_file.write_text(
             "".join(f'{name} = "{value}"\n' for name, value in site.model_dump().items())
         )
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", MARK: str(folder)}
+        paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", MARK: str(folder)}
         self._server = subprocess.Popen(
             [
                 sys.executable, "-W", "ignore", str(Path(__file__).with_name("trainer_server.py")),
