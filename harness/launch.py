@@ -38,6 +38,7 @@ from harness.hardware import REPOSITORY
 from models.contract.cluster import ONE_NODE, Cluster, processes_per_node
 from models.contract.errors import RunError
 from models.contract.record import METRICS_FILE, RUN_FILE
+from models.contract.waiting import look_up
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ TIED = Path(__file__).with_name("tied.py")
 """Started first, so that the processes end even when this one is killed."""
 GRACE_SECONDS = 40.0
 """Between asking a process group to stop and killing it; torchrun gives its workers 30."""
+TORCHRUN_PATIENCE_S = 600
+"""How long torchrun's static rendezvous waits for the other nodes."""
 
 AttemptKind = Literal["completed", "infra", "refused", "result", "timeout", "interrupted"]
 
@@ -62,6 +65,7 @@ _INFRA_PATTERNS = (
     r"uncorrectable ECC|Xid \d+|GPU has fallen off the bus|device unavailable|CUDA-capable device\(s\) is/are busy",
     r"No space left on device|Stale file handle|Input/output error|Remote I/O error",
     r"Cannot allocate memory|DefaultCPUAllocator: can't allocate",
+    r"RunError: (only \d+ of \d+ ranks came|rank 0 does not answer|rank 0 left while)",
 )
 _OUR_ERRORS = re.compile(
     r"^(?:\[[^\]]*\]:?)?\s*(?:[\w.]+\.)?"
@@ -143,6 +147,21 @@ def train_command(
         sys.executable, "-m", "torch.distributed.run", *nodes,
         "-m", "models.entry.train", "--recipe", str(recipe_file), "--run-dir", str(run_dir), *site,
     ]  # fmt: skip
+
+
+def look_for_first_node(cluster: Cluster) -> None:
+    """Check that the nodes of a run can meet, and say where: torchrun waits without a word.
+
+    Raises:
+        ConfigError: the first node has no address.
+    """
+    if cluster.num_nodes == 1:
+        return
+    look_up(cluster.master_addr, cluster.master_port, source=cluster.master_source)
+    logger.info(
+        "node %d of 0 to %d: they meet at %s:%d and have %d s to come",
+        cluster.node_rank, cluster.num_nodes - 1, cluster.master_addr, cluster.master_port, TORCHRUN_PATIENCE_S,
+    )  # fmt: skip
 
 
 def launch_case(
@@ -238,7 +257,7 @@ def classify_failure(
     reason = failure_reason(log, exit_code)
     if last_iteration > 0 or phase not in ("", "startup"):
         return "result", reason
-    if _OUR_ERRORS.search(log):
+    if _OUR_ERRORS.search(log) and not _is_infrastructure(reason):
         return "refused", reason
     exceptions = _exceptions(log)
     # SIGKILL without any exception is the kernel or the scheduler taking the processes away.

@@ -124,8 +124,10 @@ def run(names: list[str], hardware: str | None, options: Any, *, jobs: int, repo
 
     Raises:
         EnvironmentMismatch: a case that was named needs another machine; without names or class it is left out.
+        ConfigError: the first node has no address.
     """
     from harness.assets import ensure
+    from harness.launch import look_for_first_node
     from harness.report.build import build_report
     from harness.report.view import decided_by
     from harness.session import REPORTS, run_case
@@ -139,6 +141,7 @@ def run(names: list[str], hardware: str | None, options: Any, *, jobs: int, repo
             check_claim(case.hardware, probe, num_devices=here)
     else:
         cases = [case for case in cases if probe.has(case.hardware)]
+    look_for_first_node(options.cluster)
     ensure(cases, options.site)
     results = []
     with _Progress() as progress, ThreadPoolExecutor(max_workers=jobs) as pool:

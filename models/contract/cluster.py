@@ -28,6 +28,8 @@ class Cluster:
     node_rank: int
     master_addr: str
     master_port: int
+    master_source: str = "MASTER_ADDR"
+    """The variable or option that names the first node."""
 
     def torchrun_arguments(self, processes_per_node: int) -> list[str]:
         """Options of ``python -m torch.distributed.run`` for this node."""
@@ -125,7 +127,7 @@ def _from_counts(
         )
     return Cluster(
         num_nodes=int(counts[nodes]), node_rank=int(counts[rank]), master_addr=master,
-        master_port=_master_port(environment),
+        master_port=_master_port(environment), master_source=node_list or "MASTER_ADDR",
     )  # fmt: skip
 
 
@@ -155,4 +157,5 @@ def _from_hosts(environment: Mapping[str, str], hosts: Sequence[str], this_host:
         node_rank=list(hosts).index(this_host),
         master_addr=hosts[0],
         master_port=_master_port(environment),
+        master_source="--hosts",
     )

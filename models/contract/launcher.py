@@ -9,6 +9,9 @@ from models.contract.cluster import MAX_PORT
 from models.contract.errors import ConfigError
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+AGENT_STORE_VARIABLE = "TORCHELASTIC_USE_AGENT_STORE"
+ATTEMPT_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+MAX_DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,12 @@ class LauncherEnvironment:
     world_size: int
     local_rank: int
     is_launched: bool
+    master_addr: str = ""
+    master_port: int = 0
+    has_agent_store: bool = False
+    """torchrun's agent, not rank 0, keeps the store at which the ranks meet."""
+    attempt: int = 0
+    """How often torchrun has started the processes again."""
 
 
 def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> LauncherEnvironment:
@@ -50,16 +59,23 @@ def read_launcher_environment(environment: Mapping[str, str] = os.environ) -> La
             fix="start with `python -m torch.distributed.run …`, which sets all of them",
         )
     rank, world_size, local_rank, port = (int(text) for text in numbers.values())
-    if not rank < world_size or not 1 <= port <= MAX_PORT:
+    master = environment["MASTER_ADDR"].strip()
+    if not max(rank, local_rank) < world_size or not 1 <= port <= MAX_PORT or not master:
         raise ConfigError(
             "launcher variables contradict each other",
             where="environment variables",
-            expected=f"RANK < WORLD_SIZE and MASTER_PORT from 1 to {MAX_PORT}",
-            got=f"RANK={rank} WORLD_SIZE={world_size} MASTER_PORT={port}",
+            expected=f"RANK and LOCAL_RANK < WORLD_SIZE, a MASTER_ADDR, and MASTER_PORT from 1 to {MAX_PORT}",
+            got=f"RANK={rank} WORLD_SIZE={world_size} LOCAL_RANK={local_rank} MASTER_ADDR={master!r} "
+            f"MASTER_PORT={port}",
             fix="start with `python -m torch.distributed.run …`, which sets all of them",
         )
-    return LauncherEnvironment(rank=rank, world_size=world_size, local_rank=local_rank, is_launched=True)
+    attempt = environment.get(ATTEMPT_VARIABLE, "0")
+    return LauncherEnvironment(
+        rank=rank, world_size=world_size, local_rank=local_rank, is_launched=True, master_addr=master,
+        master_port=port, has_agent_store=environment.get(AGENT_STORE_VARIABLE) == "True",
+        attempt=int(attempt) if _is_number(attempt) else 0,
+    )  # fmt: skip
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS

@@ -251,6 +251,20 @@ def parse_recipe(data: dict[str, Any], *, where: str) -> Recipe:
         ) from None
 
 
+def differences(
+    first: dict[str, Any], second: dict[str, Any], first_place: str, second_place: str, prefix: str = ""
+) -> list[str]:
+    """Keys whose values differ between two plain recipes, one text a key."""
+    found = []
+    for key in sorted(first.keys() | second.keys()):
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, first_place, second_place, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} {first_place}, {b!r} {second_place}")
+    return found
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,9 @@ from models.contract.launcher import read_launcher_environment
 from models.contract.recipe import load_recipe
 from models.contract.site import load_site
 
+MAX_SECONDS = 1e7
+"""More than a quarter of a year, and less than what a C library's clock holds."""
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line; it selects and limits, and never changes a recipe value."""
@@ -29,13 +32,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--stop-after", type=int, metavar="ITERATION", help="leave early, as if interrupted")
     parser.add_argument(
-        "--step-timeout", type=float, default=1800.0, metavar="SECONDS", help="a longer step is a hang"
+        "--step-timeout", type=_seconds, default=1800.0, metavar="SECONDS", help="a longer step is a hang"
     )
+    parser.add_argument(
+        "--peer-timeout", type=_seconds, default=600.0, metavar="SECONDS",
+        help="how long the ranks wait for each other at the start",
+    )  # fmt: skip
     parser.add_argument(
         "--trace", type=int, metavar="ITERATION", help="record this iteration's tensors, for `diverge`"
     )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files")
     return parser.parse_args(arguments)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"not a number of seconds above 0: {text}")
+    return value
 
 
 def main() -> int:
@@ -60,6 +74,7 @@ def main() -> int:
             is_resume=arguments.resume,
             stop_after=arguments.stop_after,
             step_timeout_s=arguments.step_timeout,
+            peer_timeout_s=arguments.peer_timeout,
             tensorboard=arguments.tensorboard,
             trace=arguments.trace,
         )

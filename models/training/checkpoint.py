@@ -22,7 +22,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from models.contract.errors import ConfigError, RunError
-from models.contract.recipe import Recipe
+from models.contract.recipe import Recipe, differences
 from models.training.engine import Engine
 from models.training.interruption import signals_held
 from models.training.loader_resharding import loader_state_for
@@ -180,7 +180,7 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
         ConfigError: it belongs to another recipe, the message names the keys that differ; or weights are all it holds.
     """
     state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-    differing = _differences(state.identity, training_identity(recipe))
+    differing = differences(state.identity, training_identity(recipe), "in the checkpoint", "in the recipe")
     if differing:
         raise ConfigError(
             "the checkpoint belongs to another recipe", where=str(folder), got="; ".join(differing),
@@ -221,17 +221,6 @@ def _retain(root: Path, keep_last: int) -> None:
         doomed = root / f".{folder.name}.partial"
         folder.rename(doomed)  # so that a kill in the middle leaves nothing that looks whole
         shutil.rmtree(doomed)
-
-
-def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(saved.keys() | asked.keys()):
-        before, now = saved.get(key), asked.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            found.append(f"{prefix}{key}: {before!r} in the checkpoint, {now!r} in the recipe")
-    return found
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -80,11 +80,11 @@ def pick_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def start_distributed(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_s: float) -> torch.device:
-    """Start ``torch.distributed`` with the backend of the device and check the number of processes.
+def require_processes(recipe: Recipe, launcher: LauncherEnvironment) -> None:
+    """Check the number of processes.
 
     Raises:
-        ConfigError: the launcher started another number of processes than the recipe asks for.
+        ConfigError: the launcher started another number of them than the recipe asks for.
     """
     if launcher.world_size != recipe.num_processes:
         raise ConfigError(
@@ -94,6 +94,15 @@ def start_distributed(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_
             got=f"WORLD_SIZE={launcher.world_size}",
             fix="start as many processes as the recipe names, or change num_processes",
         )
+
+
+def start_distributed(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_s: float) -> torch.device:
+    """Start ``torch.distributed`` with the backend of the device and check the number of processes.
+
+    Raises:
+        ConfigError: the launcher started another number of processes than the recipe asks for.
+    """
+    require_processes(recipe, launcher)
     device = pick_device(launcher.local_rank)
     backend = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}[device.type]
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}

@@ -24,6 +24,8 @@ class TrainOptions:
     """Leave after this iteration, as if interrupted."""
     step_timeout_s: float = 1800.0
     """A step that takes longer is a hang."""
+    peer_timeout_s: float = 600.0
+    """How long the ranks wait for each other at the start."""
     tensorboard: bool = False
     trace: int | None = None
     """Record this iteration, for a comparison with another run."""

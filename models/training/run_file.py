@@ -35,8 +35,8 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resume: bool) -> RunInfo:
-    """Make the run directory this run's own and write its first ``run.json``.
+def require_free(directory: Path, *, is_resume: bool) -> None:
+    """Check that a run may begin in the directory, or go on there.
 
     Raises:
         ConfigError: the directory already holds a run and `is_resume` is false.
@@ -48,6 +48,15 @@ def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resu
             expected="a new or empty folder",
             fix="choose another --run-dir, or pass --resume to go on from its last checkpoint",
         )
+
+
+def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resume: bool) -> RunInfo:
+    """Make the run directory this run's own and write its first ``run.json``.
+
+    Raises:
+        ConfigError: the directory already holds a run and `is_resume` is false.
+    """
+    require_free(directory, is_resume=is_resume)
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / FAILURES, ignore_errors=True)  # of the attempt before
     for half_written in directory.glob(f"{RUN_FILE}.*.partial"):  # by a rank that was killed

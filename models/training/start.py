@@ -25,9 +25,10 @@ from models.training.environment import describe_environment, describe_hardware
 from models.training.interruption import StopRequest, Watchdog, stop_requests
 from models.training.loop import train_steps
 from models.training.metrics import Recorder
-from models.training.parallel import stop_distributed
+from models.training.parallel import require_processes, stop_distributed
 from models.training.progress import Progress, Run, TrainOptions, restore
-from models.training.run_file import claim_directory, failures_recorded, record_failure, utc_now
+from models.training.rendezvous import ranks_met
+from models.training.run_file import claim_directory, failures_recorded, record_failure, require_free, utc_now
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,18 @@ def train(recipe: Recipe, site: Site, directory: Path, options: TrainOptions) ->
         HarnessError: what cannot run is refused before the first step; what fails later is in ``run.json`` too.
     """
     launcher = read_launcher_environment()
+    require_processes(recipe, launcher)
+    if launcher.rank == 0:
+        require_free(directory, is_resume=options.is_resume)
+    with ranks_met(launcher, recipe, timeout_s=options.peer_timeout_s):
+        progress = train_together(recipe, site, directory, options, launcher)
+    return "completed" if progress.iteration == recipe.train.train_iters else "interrupted"
+
+
+def train_together(
+    recipe: Recipe, site: Site, directory: Path, options: TrainOptions, launcher: LauncherEnvironment
+) -> Progress:
+    """Train once all ranks are there. The directory is claimed now: before, the same command could be given again."""
     info = None
     if launcher.rank == 0:
         world_size = launcher.world_size
@@ -68,7 +81,7 @@ def train(recipe: Recipe, site: Site, directory: Path, options: TrainOptions) ->
                     run_to_end(run, info, stop, watchdog)
             finally:
                 stop_distributed()
-    return "completed" if run.progress.iteration == recipe.train.train_iters else "interrupted"
+    return run.progress
 
 
 def start_run(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from harness.cli import HARNESS_ERROR_EXIT, main
 from harness.cli.app import app
 from harness.hardware import REPOSITORY
 from harness.records import RunRecord
+from models.contract import waiting
 from models.contract.compat_train import WITHOUT_ARGUMENTS, script_recipe
 from models.contract.recipe import load_recipe
 from suites.detection.synthetic import Row, SyntheticRun, write_synthetic_run
@@ -196,6 +198,25 @@ def test_run_refuses_a_case_of_another_machine(capsys: pytest.CaptureFixture[str
     code, _, err = run_cli("run", "convergence", "--hw", "h20", capsys=capsys)
     assert code == 14
     assert "h20 was asked for" in err
+
+
+def test_run_refuses_a_first_node_without_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(waiting, "LOOKUP_S", 0.0)
+    recipe = (REPOSITORY / "suites" / "cross_engine" / "tiny_qwen3_vl.toml").read_text()
+    text = recipe.replace("micro_batch_size = 8", "micro_batch_size = 4", 1)
+    (tmp_path / "r.toml").write_text("num_processes = 2\n" + text)
+    nodes = ["--scheduler", "hosts", "--hosts", "gpu07,gpu08", "--this-host", "gpu08"]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", str(tmp_path / "r.toml"), "--hw", "cpu", *nodes, "--run-root", str(tmp_path / "runs")])
+    assert stop.value.code == HARNESS_ERROR_EXIT
+    assert "--hosts has no address" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_plan_lists_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:

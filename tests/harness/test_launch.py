@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -25,10 +26,12 @@ from harness.launch import (
     classify_failure,
     failure_reason,
     launch,
+    look_for_first_node,
     read_attempts,
     train_command,
 )
-from models.contract.cluster import Cluster, read_cluster
+from models.contract import waiting
+from models.contract.cluster import ONE_NODE, Cluster, read_cluster
 from models.contract.errors import ConfigError, RunError
 
 PRELUDE = """
@@ -160,6 +163,9 @@ def test_launch_never_overwrites_a_run(tmp_path: Path) -> None:
             "result",
         ),
         ("torch.distributed.DistNetworkError: The client socket has timed out", 1, 0, "startup", "infra"),
+        ("[rank 0] RunError: only 1 of 2 ranks came\n  where:    …", 1, 0, "", "infra"),
+        ("[rank 1] RunError: rank 0 does not answer", 1, 0, "", "infra"),
+        ("[rank 0] RunError: the held-out set is exhausted", 1, 0, "startup", "refused"),
         ("loading\n", -9, 0, "startup", "infra"),
         ("RuntimeError: found NaN in local grad norm", 1, 12, "training", "result"),
         (
@@ -196,6 +202,44 @@ def test_train_command_of_a_node_names_the_others(tmp_path: Path) -> None:
     assert "--standalone" not in text
     with pytest.raises(ConfigError, match="do not divide over the nodes"):
         train_command(tmp_path / "r.toml", tmp_path / "run", 15, None, TWO_NODES[1])
+
+
+def test_nodes_say_where_they_meet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    look_for_first_node(ONE_NODE)
+    assert not caplog.records
+    look_for_first_node(read_cluster("hosts", {}, hosts=["127.0.0.1", "b"], this_host="b"))
+    assert "node 1 of 0 to 1: they meet at 127.0.0.1:29500" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("cluster", "source"),
+    [
+        (read_cluster("hosts", {}, hosts=["gpu07", "b"], this_host="b"), "--hosts"),
+        (
+            read_cluster("dlc", {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "gpu07"}),
+            "MASTER_ADDR",
+        ),
+        (
+            read_cluster(
+                "slurm",
+                {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "gpu[07-08]"},
+            ),
+            "SLURM_JOB_NODELIST",
+        ),
+    ],
+)
+def test_a_first_node_without_an_address_is_named(
+    cluster: Cluster, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(waiting, "LOOKUP_S", 0.0)
+    with pytest.raises(ConfigError, match=f"{source} has no address") as caught:
+        look_for_first_node(cluster)
+    assert "gpu07" in caught.value.got
 
 
 def test_only_the_first_node_keeps_the_record_and_none_retries(tmp_path: Path) -> None:

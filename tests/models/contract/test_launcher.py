@@ -28,7 +28,12 @@ def test_no_launcher_is_one_process() -> None:
 
 
 def test_torchrun_variables_are_read() -> None:
-    assert read_launcher_environment(TORCHRUN).rank == 1
+    assert read_launcher_environment(TORCHRUN) == LauncherEnvironment(
+        rank=1, world_size=2, local_rank=1, is_launched=True, master_addr="localhost", master_port=29500
+    )
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "3"}
+    found = read_launcher_environment(TORCHRUN | agent)
+    assert (found.has_agent_store, found.attempt) == (True, 3)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,10 @@ def test_torchrun_variables_are_read() -> None:
         (TORCHRUN | {"LOCAL_RANK": "²"}, "LOCAL_RANK='²'"),
         (TORCHRUN | {"RANK": "2"}, "got:      RANK=2 WORLD_SIZE=2"),
         (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        (TORCHRUN | {"MASTER_PORT": "9" * 5000}, "MASTER_PORT='999"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+        (TORCHRUN | {"MASTER_ADDR": " "}, "MASTER_ADDR=''"),
+        ({name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"}, "missing LOCAL_RANK"),
     ],
 )
 def test_wrong_variables_are_named(environment: dict[str, str], message: str) -> None:
