@@ -97,6 +97,15 @@ def _with_short_way(module: type[TransformerLayer]) -> type[TransformerLayer]:
     return type(module.__name__, bases, {})
 
 
+def te_attends(config: TransformerConfig) -> bool:
+    """Whether TransformerEngine has a kernel for a decoder's attention.
+
+    Its fused ones take heads of a multiple of 8; others go unfused there, which cannot split a sequence.
+    """
+    assert config.kv_channels is not None
+    return config.context_parallel_size == 1 or config.kv_channels % 8 == 0
+
+
 def _mask_type(is_causal: bool) -> AttnMaskType:
     return AttnMaskType.causal if is_causal else AttnMaskType.no_mask
 
@@ -177,7 +186,9 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
                 linear_qkv=normed_linear,
                 # Vision towers have thousands of short segments, over which cuDNN's packed backward goes one by one:
                 # on an H200 it took 570 of 1,087 ms of a step with 20 images of 448 pixels. Torch's kernel does not.
-                core_attention=te_core_attention() if is_causal else TorchCoreAttention,
+                core_attention=te_core_attention()
+                if is_causal and te_attends(config)
+                else TorchCoreAttention,
                 linear_proj=TERowParallelLinear,
                 q_layernorm=qk_norm,
                 k_layernorm=qk_norm,

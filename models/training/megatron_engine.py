@@ -133,6 +133,7 @@ class MegatronEngine:
 
     def save(self, folder: Path, *, with_optimizer: bool, is_async: bool) -> None:
         """Write a sharded torch_dist checkpoint; model keys are those of a converted checkpoint."""
+        self._gather_weights()
         state = self._sharded_state(with_optimizer=with_optimizer, is_loading=False)
         request = dist_checkpointing.save(
             state, str(folder), async_sharded_save=is_async, async_strategy="mcore"
@@ -170,6 +171,17 @@ class MegatronEngine:
         self.scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
             random_state.restore(loaded["random"], self.ranks.device)
+
+    @torch.no_grad()
+    def _gather_weights(self) -> None:
+        """Bring the weights up to date that other data-parallel ranks stepped.
+
+        Where that overlaps with the forward pass it would come with the next training step only: until then a rank has
+        old values for all but its own share.
+        """
+        if self.recipe.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _named_modules(self) -> list[tuple[str, Any]]:
         if len(self.modules) == 1:

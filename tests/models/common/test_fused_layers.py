@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer on our kernels, interpreted, against the same layer on plain modules."""
 
-import dataclasses
 from functools import partial
 from typing import Any, Literal
 
@@ -13,11 +12,11 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from models.common.dense_layer import DenseLayer, mlp_activation
-from models.common.fused_layers import FusedSelfAttention, residual_norm_of
 from models.common.settings import ModelSettings
 from models.common.specs import layer_spec
 from models.common.transformer_configs import decoder_config, vision_config
 from models.parity.oracles import architecture_of, build_oracle
+from tests.models.common.short_way import with_our_modules
 
 
 def build(name: str, tower: str, kind: Literal["plain", "modules", "dense"]) -> torch.nn.Module:
@@ -32,16 +31,10 @@ def build(name: str, tower: str, kind: Literal["plain", "modules", "dense"]) -> 
     )
     spec: Any = layer_spec(config, "torch", is_causal=is_text)
     if kind != "plain":
-        norm: Any = residual_norm_of(config)
-        spec.submodules = dataclasses.replace(
-            spec.submodules,
-            self_attention=dataclasses.replace(spec.submodules.self_attention, module=FusedSelfAttention),
-            input_layernorm=norm,
-            pre_mlp_layernorm=norm,
-        )
+        spec = with_our_modules(spec, config)
     if kind == "dense":
         spec.module = DenseLayer
-    layer = build_module(spec, config=config, layer_number=1, add_layer_offset=False)
+    layer: Any = build_module(spec, config=config, layer_number=1, add_layer_offset=False)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizer states on the CPU, in 16 bits, and in checkpoints that are written beside the next steps, on real GPUs."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from models.contract.compat_train import recipe_toml
 from models.contract.families import detect_family, family_part
 from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
+from models.contract.site import Site
 from models.parity.compare import load
 from models.parity.jobs import make_jobs
 from models.training.megatron_engine import MegatronEngine
 from models.training.parallel import start_megatron, stop_distributed
-from tests.models.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -90,19 +93,18 @@ def test_states_elsewhere_step_as_on_the_device(
         assert torch.bfloat16 in moments
 
 
-@pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
 @pytest.mark.parametrize(
-    ("engine", "num_processes", "states"),
+    ("engine", "num_processes", "states", "is_async"),
     [
-        pytest.param("megatron", 1, HALF, id="megatron-half"),
-        pytest.param("megatron", 1, PRECISION_AWARE, id="megatron-precision-aware"),
-        pytest.param("megatron", 2, WHOLE, id="megatron-dp2-offloaded"),
-        pytest.param("fsdp2", 2, {}, id="fsdp2-dp2"),
-        pytest.param("fsdp2", 2, WHOLE, id="fsdp2-dp2-offloaded"),
+        pytest.param("megatron", 1, HALF, True, id="megatron-half-async"),
+        pytest.param("megatron", 1, PRECISION_AWARE, False, id="megatron-precision-aware"),
+        pytest.param("megatron", 2, WHOLE, False, id="megatron-dp2-offloaded"),
+        pytest.param("fsdp2", 2, {}, True, id="fsdp2-dp2-async"),
+        pytest.param("fsdp2", 2, WHOLE, True, id="fsdp2-dp2-offloaded-async"),
     ],
 )
 def test_run_that_goes_on_equals_the_whole_one(
-    engine: str, num_processes: int, states: dict[str, Any], *, is_async: bool, trainer: Trainer,
+    engine: str, num_processes: int, states: dict[str, Any], *, is_async: bool, site: Site,
     make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows,
 ) -> None:  # fmt: skip
     if torch.cuda.device_count() < num_processes:
@@ -114,7 +116,20 @@ def test_run_that_goes_on_equals_the_whole_one(
         optimizer=OPTIMIZER | states,
         checkpoint={"save_interval": 2, "async_save": is_async, "resharding": "data"},
     )
-    trainer.run(recipe, tmp_path / "whole")
-    trainer.run(recipe, tmp_path / "cut", "--stop-after", "4")
-    trainer.run(recipe, tmp_path / "cut", "--resume")
+    launch(recipe, site, tmp_path / "whole")
+    launch(recipe, site, tmp_path / "cut", "--stop-after", "4")
+    launch(recipe, site, tmp_path / "cut", "--resume")
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
+def launch(recipe: Recipe, site: Site, run: Path, *options: str) -> None:
+    """Train with torchrun: forks of one process, as in the tests beside these, must not share a GPU's libraries."""
+    recipe_file, site_file = run.with_suffix(".toml"), run.with_suffix(".site.toml")
+    recipe_file.write_text(recipe_toml(recipe))
+    site_file.write_text("".join(f'{name} = "{value}"\n' for name, value in site.model_dump().items()))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.num_processes),
+        "-m", "models.entry.train", "--recipe", str(recipe_file), "--run-dir", str(run), "--site", str(site_file),
+    ]  # fmt: skip
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

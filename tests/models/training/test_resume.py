@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe
@@ -239,6 +242,38 @@ def test_the_rank_that_failed_is_named_first(
     assert outcome.error is not None
     assert outcome.error.startswith("rank 1: ")
     assert "planted on rank 1" in outcome.error
+
+
+def test_overlapped_exchange_changes_no_number_and_no_saved_weight(
+    trainer: Trainer, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
+) -> None:
+    rows, weights = [], []
+    for overlaps in (False, True):
+        run = tmp_path / str(overlaps)
+        recipe = make_recipe(
+            2,
+            train={"train_iters": 4, "eval_interval": 2, "eval_samples": 4},
+            parallel={"overlap_grad_reduce": overlaps, "overlap_param_gather": overlaps},
+            checkpoint={"save_interval": 3},  # an evaluation brings the weights up to date
+        )
+        trainer.run(recipe, run)
+        rows.append(rows_of(run))
+        weights.append(saved_weights(run / FOLDER / "iter_0000003"))
+    assert rows[0] == rows[1]
+    assert sum(row.get("eval_lm_loss") is not None for row in rows[1]) == 2
+    torch.testing.assert_close(weights[1], weights[0], atol=0, rtol=0)
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    reader = FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer")
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def test_run_starts_from_a_converted_checkpoint(
