@@ -6,6 +6,7 @@ two runs part is then trained once more on both sides, with its tensors recorded
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from models.contract.divergence import (
     trace_file,
 )
 from models.contract.errors import ConfigError, RunError
-from models.contract.recipe import Recipe, parse_recipe
-from models.contract.record import RUN_FILE, read_run_info
+from models.contract.recipe import Recipe, differences, parse_recipe
+from models.contract.record import RUN_FILE, load_run_info
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class Divergence:
     recorded: int | None
     """Iteration whose tensors were compared; None where data or schedule differ, which tensors do not explain."""
     points: tuple[PointDistance, ...] = ()
+    recipes: tuple[str, ...] = ()
+    """Keys of the recipes that change numbers and differ."""
 
     @property
     def parts(self) -> bool:
@@ -70,7 +73,7 @@ class Divergence:
 
     def lines(self) -> list[str]:
         """For people."""
-        rows = [_step_line(self.step, self.tolerance)]
+        rows = [f"recipes: {'; '.join(self.recipes) or 'equal'}", _step_line(self.step, self.tolerance)]
         if self.recorded is None:
             return rows
         rows.append(f"tensors of iteration {self.recorded}, {len(self.points)} points on both sides:")
@@ -79,13 +82,11 @@ class Divergence:
                 (point for point in self.points if point.phase == phase), key=lambda point: point.relative
             )
             if found is None:
-                rows.append(
-                    f"  {phase + ':':<10}equal; largest distance {worst.relative:.1e} at {worst.point}"
-                )
+                rows.append(f"  {phase + ':':<10}equal; largest distance {_apart(worst)} at {worst.point}")
             else:
                 rows.append(
-                    f"  {phase + ':':<10}first at {found.point}: {found.relative:.1e} apart (sample {found.sample}); "
-                    f"largest {worst.relative:.1e} at {worst.point}"
+                    f"  {phase + ':':<10}first at {found.point}: {_apart(found)} apart (sample {found.sample}); "
+                    f"largest {_apart(worst)} at {worst.point}"
                 )
         return rows
 
@@ -95,17 +96,20 @@ def open_side(path: Path) -> Side:
 
     Raises:
         ConfigError: it is neither, or the recipe is malformed.
+        RunError: the run directory cannot be read.
     """
     if path.suffix == ".toml" and path.is_file():
         recipe = cases_of_recipe(path.absolute())[0].recipe
         return Side(name=recipe.name, recipe=recipe, run=None)
     if (path / RUN_FILE).is_file():
-        info = read_run_info(path)
+        info = load_run_info(path)
         return Side(name=path.name, recipe=parse_recipe(info.recipe, where=str(path / RUN_FILE)), run=path)
     raise ConfigError(
         "neither a run directory nor a recipe",
         where=str(path),
         expected=f"a folder with {RUN_FILE}, or a .toml file",
+        got="something else" if path.exists() else "nothing there",
+        fix="check the path",
     )
 
 
@@ -129,10 +133,17 @@ def diverge(
         site_file: Where checkpoints and datasets are.
 
     Raises:
-        ConfigError: an argument is neither run nor recipe, or the folder is taken.
+        ConfigError: an argument is neither run nor recipe, the models are of two families, or the folder is taken.
         RunError: training failed, or the runs share nothing.
     """
     sides = (open_side(first), open_side(second))
+    families = [side.recipe.model.family for side in sides]
+    if families[0] != families[1]:
+        raise ConfigError(
+            "the runs are of two model families", where=f"{first} and {second}",
+            expected="one model, in two engines, layouts or commits", got=" and ".join(families),
+            fix="compare runs of one family",
+        )  # fmt: skip
     if work.exists() and any(work.iterdir()):
         raise ConfigError("the work folder is not empty", where=str(work), fix="choose another --work")
     if tolerance is None:
@@ -141,17 +152,18 @@ def diverge(
         side.run or _train(side, work / label, steps, site_file, trace=None)
         for label, side in zip(("a", "b"), sides, strict=True)
     ]
+    recipe_a, recipe_b = (side.recipe.what_changes_numbers() for side in sides)
+    recipes = tuple(differences(recipe_a, recipe_b, "in A", "in B"))
     step = first_step(*runs, tolerance=tolerance)
     if step is not None and step.relative is None:
-        return Divergence(tolerance=tolerance, step=step, recorded=None)
+        return Divergence(tolerance=tolerance, step=step, recorded=None, recipes=recipes)
     iteration = step.iteration if step is not None else _last_shared(sides, steps)
     traces = [
         read_trace(_recorded(side, run, work / f"{label}-traced", iteration, site_file), iteration)
         for label, side, run in zip(("a", "b"), sides, runs, strict=True)
     ]
-    return Divergence(
-        tolerance=tolerance, step=step, recorded=iteration, points=tuple(distances(traces[0], traces[1]))
-    )
+    points = tuple(distances(traces[0], traces[1]))
+    return Divergence(tolerance=tolerance, step=step, recorded=iteration, points=points, recipes=recipes)
 
 
 def _last_shared(sides: tuple[Side, Side], steps: int) -> int:
@@ -187,6 +199,10 @@ def _train(side: Side, run: Path, steps: int, site_file: Path | None, *, trace: 
 
 def _hardware(probe: Probe) -> str:
     return probe.hardware or probe.kind
+
+
+def _apart(point: PointDistance) -> str:
+    return "shapes" if math.isinf(point.relative) else f"{point.relative:.1e}"
 
 
 def _step_line(step: StepDifference | None, tolerance: float) -> str:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 
 from models.contract.errors import RunError
-from models.contract.record import iter_metrics
+from models.contract.record import load_metrics
 
 Array = npt.NDArray[np.float32]
 Phase = Literal["forward", "backward"]
@@ -84,12 +84,16 @@ def first_step(first: Path, second: Path, *, tolerance: float = 0.0) -> StepDiff
     """First iteration at which two run directories differ by more than `tolerance` (relative); None if none does.
 
     Raises:
-        RunError: the runs share no iteration.
+        RunError: the runs share no iteration, or metrics cannot be read.
     """
-    rows = [{row["iteration"]: row for row in iter_metrics(folder)} for folder in (first, second)]
+    rows = [load_metrics(folder, (*EXACT_FIELDS, *MEASURED_FIELDS)) for folder in (first, second)]
     shared = sorted(rows[0].keys() & rows[1].keys())
     if not shared:
-        raise RunError("the runs share no iteration", where=f"{first} and {second}", fix="check the paths")
+        raise RunError(
+            "the runs share no iteration", where=f"{first} and {second}",
+            got=" and ".join(_span(found) for found in rows),
+            fix="compare runs that have trained the same iterations",
+        )  # fmt: skip
     for iteration in shared:
         a, b = rows[0][iteration], rows[1][iteration]
         for field in (*EXACT_FIELDS, *MEASURED_FIELDS):
@@ -214,6 +218,10 @@ def _distance(a: Array, b: Array) -> float:
         return float("inf")
     scale, gap = float(np.abs(a).max(initial=0.0)), float(np.abs(a - b).max(initial=0.0))
     return gap / scale if scale else gap
+
+
+def _span(rows: dict[int, Any]) -> str:
+    return f"iterations {min(rows)} to {max(rows)}" if rows else "no iteration"
 
 
 def _relative(a: Any, b: Any) -> float:

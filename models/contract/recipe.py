@@ -199,17 +199,19 @@ class Recipe(BaseModel):
         """Iteration at which the schedule reaches `min_lr`."""
         return self.optimizer.lr_decay_iters or self.train.train_iters
 
-    def sha(self) -> str:
-        """Hash of everything that changes the numbers: 16 hex digits of sha256 over canonical JSON.
-
-        Name, description, notes, the hardware list, logging and what is kept on disk are left out.
-        """
+    def what_changes_numbers(self) -> dict[str, Any]:
+        """Plain data without name, description, notes, the hardware list, logging and what is kept on disk."""
         data = self.model_dump(
             mode="json", exclude={"name", "description", "notes", "hardware", "checkpoint"}
         )
         for key in ("log_interval", "manual_gc_interval"):
             data["train"].pop(key)
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+        return data
+
+    def sha(self) -> str:
+        """Hash of everything that changes the numbers: 16 hex digits of sha256 over canonical JSON."""
+        text = json.dumps(self.what_changes_numbers(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_recipe(path: Path) -> Recipe:

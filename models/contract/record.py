@@ -13,12 +13,14 @@ Non-finite numbers are written as the strings "nan", "inf", "-inf", so that the 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.contract.errors import RunError
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
@@ -151,6 +153,50 @@ def append_metrics(directory: Path, step: StepMetrics) -> None:
 def read_run_info(directory: Path) -> RunInfo:
     """Read ``run.json``. Raises OSError or pydantic's ValidationError; the harness words them."""
     return RunInfo.model_validate_json((directory / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def load_run_info(directory: Path) -> RunInfo:
+    """Read ``run.json``.
+
+    Raises:
+        RunError: it is missing or cannot be read.
+    """
+    try:
+        return read_run_info(directory)
+    except ValidationError as error:
+        got = "; ".join(
+            f"{'.'.join(map(str, row['loc']))} {row['msg']}".strip() for row in error.errors()[:5]
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        got = str(error)
+    raise RunError(
+        "run.json cannot be read", where=str(directory / RUN_FILE), expected="what training wrote", got=got,
+        fix="put the file back as it was",
+    )  # fmt: skip
+
+
+def load_metrics(directory: Path, keys: Iterable[str]) -> dict[int, dict[str, Any]]:
+    """Rows of ``metrics.jsonl`` by iteration; a torn last line is left out.
+
+    Raises:
+        RunError: a line is no JSON object, or lacks one of the keys.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    wanted = {"iteration", *keys}
+    try:
+        for row in iter_metrics(directory):
+            missing = sorted(wanted - row.keys())
+            if missing:
+                raise ValueError(f"no {', '.join(missing)}")
+            found[row["iteration"]] = row
+    except (ValueError, AttributeError) as error:
+        raise RunError(
+            "metrics.jsonl cannot be read",
+            where=f"{directory / METRICS_FILE}, the line after iteration {max(found, default=0)}",
+            expected=f"a JSON object with {', '.join(sorted(wanted))}", got=str(error),
+            fix="put the file back as it was",
+        ) from None  # fmt: skip
+    return found
 
 
 def iter_metrics(directory: Path) -> Iterator[dict[str, Any]]:

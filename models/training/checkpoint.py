@@ -6,6 +6,7 @@
       iter_0000100/                       what the engine wrote (sharded), and
         run_state.json                    recipe, iteration, ledger of sample digests
         loader_00000.json …               loader state of each data-parallel rank
+        files.json                        sizes of all files, to tell a copy that is not whole
 
 A folder whose name starts with a dot was never finished; it is removed at the next save.
 """
@@ -13,12 +14,14 @@ A folder whose name starts with a dot was never finished; it is removed at the n
 import json
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from models.contract.errors import ConfigError, RunError
@@ -26,12 +29,19 @@ from models.contract.recipe import Recipe, differences
 from models.training.engine import Engine
 from models.training.interruption import signals_held
 from models.training.loader_resharding import loader_state_for
+from models.training.run_file import free_space
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 STATE_FILE = "run_state.json"
+FILES_FILE = "files.json"
+MAX_LISTED_FILES = 5
+READ_ERRORS = (
+    OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, CheckpointException, CheckpointingException,
+)  # fmt: skip
+"""What a damaged file makes of reading it."""
 EXECUTION_KEYS = {
     "model": {"attention_backend"},
     "train": {"micro_batch_size", "log_interval", "manual_gc_interval"},
@@ -53,6 +63,8 @@ class RunState:
     has_optimizer: bool
     sample_digests: list[str]
     num_skipped: int = 0
+    resharding: str = ""
+    """`checkpoint.resharding` of the recipe; empty in a checkpoint of an earlier version."""
 
 
 def training_identity(recipe: Recipe) -> dict[str, Any]:
@@ -123,17 +135,20 @@ class Saver:
             nonlocal is_written
             is_written = self._engine.is_save_finished(is_blocking=is_blocking)
 
+        def publish() -> None:
+            if self._engine.ranks.rank == 0:
+                _write_json(partial / FILES_FILE, _file_sizes(partial))
+                _discard(final)
+                partial.rename(final)
+                iteration = int(final.name.removeprefix("iter_"))
+                _write_text(self._root / TRACKER_FILE, f"{iteration}\n")
+                _retain(self._root, self._keep_last, iteration)
+
         self._together(partial, check)
         if not is_written:
             return
         self._pending = None
-        if self._engine.ranks.rank == 0:
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            _write_text(self._root / TRACKER_FILE, f"{int(final.name.removeprefix('iter_'))}\n")
-            _retain(self._root, self._keep_last)
-        self._engine.ranks.barrier()
+        self._together(partial, publish)
 
     def _together(self, partial: Path, action: Callable[[], None]) -> None:
         """Run `action`; when it fails on any rank, every rank raises, and the partial folder goes."""
@@ -141,45 +156,59 @@ class Saver:
             action()
             problem = None
         except (OSError, EOFError, RuntimeError, CheckpointException) as error:
-            problem = f"rank {self._engine.ranks.rank}: {error!r}"
+            problem = f"rank {self._engine.ranks.rank}: {_words(error)}"
         problems = [text for text in self._engine.ranks.exchange(problem) if text]
         if problems:
             self._pending = None
+            space = free_space(self._root) if self._root.exists() else ""
+            self._engine.ranks.barrier()
             if self._engine.ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
-                "checkpoint could not be written", where=str(partial), got="; ".join(problems)[:2000],
-                fix="free disk space or choose another --run-dir; the previous checkpoint is untouched",
+                "checkpoint could not be written", where=str(partial), got="; ".join([*problems, space])[:2000],
+                fix="free disk space and go on with --resume; the checkpoints before it are untouched",
             )  # fmt: skip
 
 
 def latest_checkpoint(run: Path) -> Path | None:
     """Folder of the newest whole checkpoint, or None.
 
+    The tracker file says which it is. Without one it is the newest: a run may have been killed between the two.
+
     Raises:
         RunError: the tracker names a checkpoint that is not there, or is not a number.
     """
     tracker = run / FOLDER / TRACKER_FILE
+    whole = _whole(run / FOLDER)
     if not tracker.exists():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    folder = run / FOLDER / f"iter_{int(text):07d}" if text.isdigit() else None
-    if folder is None or not (folder / STATE_FILE).is_file():
+        if whole:
+            logger.info("%s is missing: going on from the newest checkpoint, %d", tracker, max(whole))
+        return whole[max(whole)] if whole else None
+    text = tracker.read_bytes()[:80].decode(errors="replace").strip()
+    if not (text.isascii() and text.isdigit()) or int(text) not in whole:
         raise RunError(
-            "the tracker file names no whole checkpoint", where=str(tracker), got=text,
-            expected="the iteration of a folder beside it",
-            fix="write the iteration of a whole checkpoint into it, or remove it to start again",
+            "the tracker file names no whole checkpoint", where=str(tracker), got=repr(text),
+            expected=f"one of the iterations {', '.join(map(str, sorted(whole)))}" if whole else "no tracker file: "
+            "there is no whole checkpoint",
+            fix="write the iteration of a whole checkpoint into it, or remove it to go on from the newest"
+            if whole else "put the checkpoints back, or remove the file to start again",
         )  # fmt: skip
-    return folder
+    return whole[int(text)]
 
 
-def read_state(folder: Path, recipe: Recipe) -> RunState:
+def read_state(folder: Path, recipe: Recipe, layout: dict[str, int]) -> RunState:
     """Read and check what a checkpoint says about its run.
 
     Raises:
-        ConfigError: it belongs to another recipe, the message names the keys that differ; or weights are all it holds.
+        ConfigError: it belongs to another recipe, the message names the keys that differ; or weights are all it holds;
+            or its optimizer states cannot be read at this layout.
+        RunError: it is not whole.
     """
-    state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    _check_files(folder)
+    try:
+        state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(folder / STATE_FILE, error) from error
     differing = differences(state.identity, training_identity(recipe), "in the checkpoint", "in the recipe")
     if differing:
         raise ConfigError(
@@ -192,7 +221,21 @@ def read_state(folder: Path, recipe: Recipe) -> RunState:
             expected="a checkpoint of a recipe with checkpoint.save_optimizer = true", got="save_optimizer = false",
             fix="convert it, and start a new run from its weights; set save_optimizer = true where runs are to resume",
         )  # fmt: skip
+    if state.engine == "megatron" and state.resharding:
+        _check_resharding(state, recipe, layout, folder)
     return state
+
+
+def read_checkpoint(folder: Path, engine: Engine, *, same_layout: bool) -> None:
+    """Load the engine's part of a checkpoint.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        engine.load(folder, with_optimizer=True, same_layout=same_layout)
+    except READ_ERRORS as error:
+        raise _unreadable(folder, error) from error
 
 
 def read_loader_state(folder: Path, recipe: Recipe, dp_rank: int, dp_size: int) -> Any:
@@ -200,12 +243,100 @@ def read_loader_state(folder: Path, recipe: Recipe, dp_rank: int, dp_size: int) 
 
     Raises:
         ConfigError: the samples would not keep their order at this number of data-parallel ranks.
+        RunError: a state is missing or cannot be read.
     """
     files = sorted(folder.glob("loader_*.json"))
-    states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return loader_state_for(
-        states, dp_rank, dp_size, micro_batch_size=recipe.train.micro_batch_size, where=str(folder)
+    try:
+        states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        return loader_state_for(
+            states, dp_rank, dp_size, micro_batch_size=recipe.train.micro_batch_size, where=str(folder)
+        )
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as error:
+        raise _unreadable(folder / "loader_*.json", error) from error
+
+
+def _check_files(folder: Path) -> None:
+    """Compare the files with what was written. A checkpoint of an earlier version has no list of them."""
+    try:
+        listed = json.loads((folder / FILES_FILE).read_text(encoding="utf-8"))
+        expected = {str(name): int(size) for name, size in listed.items()}
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _unreadable(folder / FILES_FILE, error) from error
+    found = _file_sizes(folder)
+    problems = [
+        f"{name} is missing" if name not in found else f"{name} has {found[name]} bytes, not {size}"
+        for name, size in sorted(expected.items())
+        if found.get(name) != size
+    ]
+    if problems:
+        more = [f"{len(problems) - MAX_LISTED_FILES} more"] if len(problems) > MAX_LISTED_FILES else []
+        raise RunError(
+            "the checkpoint is not whole", where=str(folder), expected=f"{len(expected)} files as they were written",
+            got="; ".join(problems[:MAX_LISTED_FILES] + more), fix=_other_checkpoint(folder),
+        )  # fmt: skip
+
+
+def _check_resharding(state: RunState, recipe: Recipe, layout: dict[str, int], folder: Path) -> None:
+    """Optimizer states lie as `checkpoint.resharding` said; as "data", another data-parallel size can read them."""
+    asked = recipe.checkpoint.resharding
+    if asked != state.resharding:
+        raise ConfigError(
+            "the checkpoint's optimizer states lie otherwise", where=f"{folder}: checkpoint.resharding",
+            expected=f"{state.resharding!r}, as they were written", got=f"{asked!r} in the recipe",
+            fix="resume with the value it was written with; another needs a new run",
+        )  # fmt: skip
+    differing = [key for key in state.layout if key != "dp" and layout.get(key) != state.layout[key]]
+    if asked == "data" and differing:
+        raise ConfigError(
+            "the checkpoint's optimizer states are for another layout", where=str(folder),
+            expected=", ".join(f"{key} = {state.layout[key]}" for key in differing),
+            got=", ".join(f"{key} = {layout.get(key)}" for key in differing),
+            fix="resume at that layout; runs with checkpoint.resharding = 'any' may change it",
+        )  # fmt: skip
+
+
+def _unreadable(path: Path, error: BaseException) -> RunError:
+    folder = path if path.is_dir() else path.parent
+    return RunError(
+        "the checkpoint cannot be read", where=str(path), got=_words(error), fix=_other_checkpoint(folder)
     )
+
+
+def _other_checkpoint(folder: Path) -> str:
+    others = [iteration for iteration, other in sorted(_whole(folder.parent).items()) if other != folder]
+    text = "copy it again from where it is whole"
+    if others:
+        text += f", or write {others[-1]} into {TRACKER_FILE} to go on from the checkpoint of that iteration"
+    return text
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line; torch wraps those of all ranks into one with their stacks."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"{failure[0]!r}" for failure in error.failures.values())
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:500]}"
+
+
+def _whole(root: Path) -> dict[int, Path]:
+    """Whole checkpoints by iteration: a folder has this name from the moment on at which all of it is written."""
+    found = {}
+    for folder in root.glob("iter_*"):
+        number = folder.name.removeprefix("iter_")
+        if number.isascii() and number.isdigit() and (folder / STATE_FILE).is_file():
+            found[int(number)] = folder
+    return found
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    return {
+        str(file.relative_to(folder)): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and file.name not in (FILES_FILE, STATE_FILE)  # the state is read whole or not at all
+    }
 
 
 def _fresh_folder(root: Path, partial: Path) -> None:
@@ -215,11 +346,18 @@ def _fresh_folder(root: Path, partial: Path) -> None:
     partial.mkdir()
 
 
-def _retain(root: Path, keep_last: int) -> None:
-    whole = sorted(folder for folder in root.glob("iter_*") if folder.is_dir())
-    for folder in whole[:-keep_last]:
-        doomed = root / f".{folder.name}.partial"
-        folder.rename(doomed)  # so that a kill in the middle leaves nothing that looks whole
+def _retain(root: Path, keep_last: int, iteration: int) -> None:
+    """Keep the newest up to `iteration`. Later ones, of a run that was set back, are replaced when it reaches them."""
+    whole = _whole(root)
+    for old in sorted(number for number in whole if number <= iteration)[:-keep_last]:
+        _discard(whole[old])
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint so that a kill in the middle leaves nothing that looks whole."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old.partial")
+        folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
@@ -229,8 +367,11 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

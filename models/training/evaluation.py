@@ -4,10 +4,27 @@
 import itertools
 
 from models.contract.errors import DataError
+from models.contract.recipe import Recipe
+from models.contract.site import Site
 from models.datasets.loader import build_loader
+from models.datasets.shards import dataset_counts
 from models.training.engine import mean_loss
 from models.training.interruption import Watchdog
 from models.training.progress import Run
+
+
+def require_held_out(recipe: Recipe, site: Site) -> None:
+    """Check before the first step that the held-out set has the samples that evaluations ask for.
+
+    Raises:
+        DataError: it is smaller.
+    """
+    if recipe.train.eval_interval is None:
+        return
+    name, per_call = _name(recipe), recipe.train.micro_batch_size * recipe.data_parallel_size
+    expected, found = _num_microbatches(recipe) * per_call, dataset_counts(site.dataset(name), "val")
+    if found < expected:
+        raise _exhausted(name, expected, found)
 
 
 def evaluate(run: Run, watchdog: Watchdog) -> float:
@@ -22,7 +39,7 @@ def evaluate(run: Run, watchdog: Watchdog) -> float:
         split="val", data_parallel_rank=ranks.dp_rank, data_parallel_size=ranks.dp_size,
     )  # fmt: skip
     per_call = recipe.train.micro_batch_size * ranks.dp_size
-    num_microbatches = max(1, recipe.train.eval_samples // per_call)
+    num_microbatches = _num_microbatches(recipe)
     parts = []
     for batch in itertools.islice(loader, num_microbatches):
         watchdog.beat()
@@ -32,11 +49,21 @@ def evaluate(run: Run, watchdog: Watchdog) -> float:
     least = 1 if recipe.data.packing else num_microbatches
     found = [len(parts) for parts in everyone]
     if min(found) < least or len(set(found)) > 1:
-        raise DataError(
-            "the held-out set is exhausted",
-            where=recipe.data.eval_dataset or recipe.data.dataset,
-            expected=f"{least * per_call} samples",
-            got=str(min(found) * per_call),
-            fix="lower eval_samples or add held-out samples",
-        )
+        raise _exhausted(_name(recipe), least * per_call, min(found) * per_call)
     return mean_loss([sums for parts in everyone for sums in parts])
+
+
+def _num_microbatches(recipe: Recipe) -> int:
+    """Of one data-parallel rank in one evaluation."""
+    return max(1, recipe.train.eval_samples // (recipe.train.micro_batch_size * recipe.data_parallel_size))
+
+
+def _name(recipe: Recipe) -> str:
+    return recipe.data.eval_dataset or recipe.data.dataset
+
+
+def _exhausted(name: str, expected: int, found: int) -> DataError:
+    return DataError(
+        "the held-out set is exhausted", where=f"{name}: val", expected=f"{expected} samples", got=str(found),
+        fix="lower eval_samples or add held-out samples",
+    )  # fmt: skip

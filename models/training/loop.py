@@ -19,6 +19,7 @@ from models.training.interruption import StopRequest, Watchdog
 from models.training.loss import loss_denominator
 from models.training.metrics import BatchCounts, Recorder, StepTimes
 from models.training.progress import Run, save
+from models.training.run_file import written
 from models.training.trace import traced_step
 
 
@@ -136,7 +137,8 @@ def handle_non_finite(run: Run, loss: float, update: UpdateResult, keys: list[st
     path = run.directory / f"non_finite_{iteration:07d}.json"
     if run.engine.ranks.rank == 0:
         facts = {"iteration": iteration, "lm_loss": loss, "grad_norm": update.grad_norm, "sample_keys": keys}
-        path.write_text(json.dumps(to_json_number(facts), indent=1) + "\n", encoding="utf-8")
+        with written(run.directory):
+            path.write_text(json.dumps(to_json_number(facts), indent=1) + "\n", encoding="utf-8")
     if run.recipe.train.non_finite == "stop":
         raise RunError(
             "loss or gradient is not finite",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one step leaves behind: a row of ``metrics.jsonl`` and a line of ``train.log`` in Megatron's format."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from models.contract.flops import (
 )
 from models.contract.recipe import Recipe
 from models.contract.record import LOG_FILE, StepMetrics, append_metrics
+from models.training.run_file import written
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +135,21 @@ class Recorder:
         if self._events is not None:
             self._events.close()
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # a full disk has been told when the line was written
+                self._log.close()
 
     def add(self, row: StepMetrics) -> None:
-        """Write one step."""
+        """Write one step.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        with written(self.directory):
+            self._write(row)
+        if self._progress is not None:
+            _advance(self._progress, row, self.recipe)
+
+    def _write(self, row: StepMetrics) -> None:
         append_metrics(self.directory, row)
         if self._events is not None:
             _write_scalars(self._events, row)
@@ -147,8 +160,6 @@ class Recorder:
         ):
             self.note(log_line(self._window, self.recipe.train.train_iters, self.world_size))
             self._window.clear()
-        if self._progress is not None:
-            _advance(self._progress, row, self.recipe)
 
     def note(self, line: str) -> None:
         """Write one line to ``train.log``, and to standard output where no progress bar is drawn."""

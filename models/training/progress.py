@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a run stands: what the loop carries from step to step, and what a checkpoint brings back."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 from models.contract.architecture import Architecture
 from models.contract.errors import RunError
 from models.contract.recipe import Recipe
+from models.contract.record import METRICS_FILE
 from models.contract.site import Site
 from models.training import checkpoint as checkpoints
 from models.training.engine import Engine
 from models.training.ledger import Ledger
-from models.training.run_file import cut_metrics
+from models.training.run_file import cut_metrics, recorded_digests
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,28 +89,34 @@ class Run:
 def restore(recipe: Recipe, directory: Path, engine: Engine, loader: Any) -> Progress:
     """Bring engine, loader and progress back to the newest whole checkpoint, or to the start without one.
 
+    Nothing is changed on disk before everything has been read.
+
     Raises:
-        ConfigError: the checkpoint belongs to another recipe or has no optimizer state.
-        RunError: metrics and checkpoint disagree about which samples were consumed.
+        ConfigError: the checkpoint belongs to another recipe or layout, or has no optimizer state.
+        RunError: it is not whole; or metrics and checkpoint disagree about which samples were consumed.
     """
     ranks = engine.ranks
+    recorded = recorded_digests(directory)
     folder = checkpoints.latest_checkpoint(directory)
+    progress = Progress()
+    if folder is None:
+        logger.info("no checkpoint in %s: from the beginning", directory)
+    else:
+        state = checkpoints.read_state(folder, recipe, ranks.layout)
+        _check_ledger(state, recorded, folder)
+        checkpoints.read_checkpoint(folder, engine, same_layout=state.layout == ranks.layout)
+        loader.load_state_dict(checkpoints.read_loader_state(folder, recipe, ranks.dp_rank, ranks.dp_size))
+        progress.iteration = state.iteration
+        progress.consumed_train_samples = state.consumed_train_samples
+        progress.ledger = Ledger(state.sample_digests)
+    progress.expected_digests = {
+        iteration: digest for iteration, digest in recorded.items() if iteration > progress.iteration
+    }
     ranks.barrier()  # nobody may save or cut before all have looked
-    state = None if folder is None else checkpoints.read_state(folder, recipe)
-    iteration = 0 if state is None else state.iteration
-    kept, dropped = cut_metrics(directory, iteration, is_writer=ranks.rank == 0)
+    if ranks.rank == 0:
+        cut_metrics(directory, progress.iteration)
     ranks.barrier()
-    if state is None or folder is None:
-        return Progress(expected_digests=dropped)
-    _check_ledger(state.sample_digests, kept, folder)
-    engine.load(folder, with_optimizer=True, same_layout=state.layout == ranks.layout)
-    loader.load_state_dict(checkpoints.read_loader_state(folder, recipe, ranks.dp_rank, ranks.dp_size))
-    return Progress(
-        iteration=state.iteration,
-        consumed_train_samples=state.consumed_train_samples,
-        ledger=Ledger(state.sample_digests),
-        expected_digests=dropped,
-    )
+    return progress
 
 
 def save(run: Run) -> None:
@@ -118,18 +128,26 @@ def save(run: Run) -> None:
         layout=run.engine.ranks.layout,
         identity=checkpoints.training_identity(run.recipe),
         has_optimizer=run.recipe.checkpoint.save_optimizer,
+        resharding=run.recipe.checkpoint.resharding,
         sample_digests=run.progress.ledger.steps,
     )
     run.saver.start(state, run.loader.state_dict())
 
 
-def _check_ledger(saved: list[str], kept: dict[int, str], folder: Path) -> None:
-    for iteration, digest in kept.items():
-        if saved[iteration - 1] != digest:
+def _check_ledger(state: checkpoints.RunState, recorded: dict[int, str], folder: Path) -> None:
+    missing = [iteration for iteration in range(1, state.iteration + 1) if iteration not in recorded]
+    if missing:
+        logger.info(
+            "%s lacks %d of the %d iterations before the checkpoint, iteration %d first",
+            METRICS_FILE, len(missing), state.iteration, missing[0],
+        )  # fmt: skip
+    for iteration, saved in enumerate(state.sample_digests, start=1):
+        found = recorded.get(iteration, saved)
+        if found != saved:
             raise RunError(
                 "metrics and checkpoint disagree about the samples",
                 where=f"{folder}, iteration {iteration}",
-                expected=saved[iteration - 1],
-                got=digest,
+                expected=saved,
+                got=found,
                 fix="one of them was edited; start a new run",
             )

@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from models.contract.errors import ConfigError, HarnessError
+from models.contract.errors import ConfigError, HarnessError, RunError
 from models.contract.recipe import Recipe
 from models.contract.record import (
     METRICS_FILE,
     RUN_FILE,
     RunInfo,
+    RunOutcome,
     iter_metrics,
+    load_metrics,
     read_run_info,
     to_json_number,
     write_run_info,
@@ -30,6 +32,28 @@ FAILURES = "failures"
 """Folder with one file for each rank that failed."""
 
 
+@contextmanager
+def written(directory: Path) -> Iterator[None]:
+    """Word what keeps the block from writing into a run directory.
+
+    Raises:
+        RunError: the disk is full, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            "the run directory cannot be written", where=str(error.filename or directory),
+            got=f"{error.strerror or error}; {free_space(directory)}",
+            fix="free disk space and go on with --resume; the checkpoints are as they were",
+        ) from error  # fmt: skip
+
+
+def free_space(folder: Path) -> str:
+    """How much of a disk is free, for messages."""
+    return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+
+
 def utc_now() -> str:
     """ISO 8601, UTC, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -39,7 +63,7 @@ def require_free(directory: Path, *, is_resume: bool) -> None:
     """Check that a run may begin in the directory, or go on there.
 
     Raises:
-        ConfigError: the directory already holds a run and `is_resume` is false.
+        ConfigError: the directory already holds a run and `is_resume` is false, or it is none.
     """
     if (directory / RUN_FILE).exists() and not is_resume:
         raise ConfigError(
@@ -48,19 +72,26 @@ def require_free(directory: Path, *, is_resume: bool) -> None:
             expected="a new or empty folder",
             fix="choose another --run-dir, or pass --resume to go on from its last checkpoint",
         )
+    there = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(
+            "the run directory cannot be made", where=str(directory), expected="a new or empty folder",
+            got=f"{there} is a file", fix="choose another --run-dir",
+        )  # fmt: skip
 
 
 def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resume: bool) -> RunInfo:
     """Make the run directory this run's own and write its first ``run.json``.
 
+    What a run before it said stays until the checkpoint has proved to be of this recipe.
+
+    Returns: what is to be written then.
+
     Raises:
-        ConfigError: the directory already holds a run and `is_resume` is false.
+        ConfigError: see :func:`require_free`.
+        RunError: the directory cannot be written.
     """
     require_free(directory, is_resume=is_resume)
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(directory / FAILURES, ignore_errors=True)  # of the attempt before
-    for half_written in directory.glob(f"{RUN_FILE}.*.partial"):  # by a rank that was killed
-        half_written.unlink(missing_ok=True)
     info = RunInfo(
         run_id=f"{recipe.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}",
         recipe=recipe.model_dump(mode="json"),
@@ -70,8 +101,34 @@ def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resu
         started_at=utc_now(),
         world_size=world_size,
     )
-    write_run_info(directory, info)
+    with written(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        _sweep(directory)
+        before = _run_before(directory)
+        if before is None:
+            write_run_info(directory, info)
+        elif before.outcome.status != "completed":
+            before.started_at, before.ended_at, before.outcome = info.started_at, None, RunOutcome()
+            write_run_info(directory, before)
     return info
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what the attempt before left."""
+    shutil.rmtree(directory / FAILURES, ignore_errors=True)
+    for half_written in directory.glob(f"{RUN_FILE}.*.partial"):  # by a rank that was killed
+        half_written.unlink(missing_ok=True)
+
+
+def _run_before(directory: Path) -> RunInfo | None:
+    """What ``run.json`` says of the run that is to go on; None where there is none, or none that can be read."""
+    try:
+        return read_run_info(directory)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        logger.warning("%s cannot be read and is written anew", directory / RUN_FILE)
+        return None
 
 
 @contextmanager
@@ -80,7 +137,10 @@ def failures_recorded(directory: Path, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        record_failure(directory, rank, error)
+        try:
+            record_failure(directory, rank, error)
+        except OSError as full:  # the error itself says more
+            logger.warning("the failure cannot be written to %s: %s", directory / RUN_FILE, full)
         raise
 
 
@@ -117,26 +177,26 @@ def _words(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def cut_metrics(
-    directory: Path, last_iteration: int, *, is_writer: bool
-) -> tuple[dict[int, str], dict[int, str]]:
+def recorded_digests(directory: Path) -> dict[int, str]:
+    """Sample digest of every iteration in ``metrics.jsonl``.
+
+    Raises:
+        RunError: a line cannot be read.
+    """
+    rows = load_metrics(directory, ["sample_digest"])
+    return {iteration: row["sample_digest"] for iteration, row in rows.items()}
+
+
+def cut_metrics(directory: Path, last_iteration: int) -> None:
     """Drop the rows of ``metrics.jsonl`` after `last_iteration`, which a resume is about to repeat.
 
-    Every rank learns the digests; only the writer changes the file.
-
-    Returns: sample digests by iteration of the rows that stay, and of those dropped.
+    Raises:
+        RunError: the file cannot be written; it is as it was then.
     """
-    kept: dict[int, str] = {}
-    dropped: dict[int, str] = {}
-    lines = []
-    for row in iter_metrics(directory):
-        keep = row["iteration"] <= last_iteration
-        (kept if keep else dropped)[row["iteration"]] = row["sample_digest"]
-        if keep:
-            lines.append(json.dumps(to_json_number(row), ensure_ascii=False) + "\n")
-    if not is_writer:
-        return kept, dropped
     partial = directory / (METRICS_FILE + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(directory / METRICS_FILE)
-    return kept, dropped
+    with written(directory):
+        with partial.open("w", encoding="utf-8") as stream:
+            for row in iter_metrics(directory):
+                if row["iteration"] <= last_iteration:
+                    stream.write(json.dumps(to_json_number(row), ensure_ascii=False) + "\n")
+        partial.replace(directory / METRICS_FILE)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recipe and a launcher's environment to a run: engine, loader, run directory, and a clean end."""
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -22,13 +23,21 @@ from models.datasets.loader import build_loader
 from models.training.checkpoint import Saver
 from models.training.engine import Engine
 from models.training.environment import describe_environment, describe_hardware
+from models.training.evaluation import require_held_out
 from models.training.interruption import StopRequest, Watchdog, stop_requests
 from models.training.loop import train_steps
 from models.training.metrics import Recorder
 from models.training.parallel import require_processes, stop_distributed
 from models.training.progress import Progress, Run, TrainOptions, restore
 from models.training.rendezvous import ranks_met
-from models.training.run_file import claim_directory, failures_recorded, record_failure, require_free, utc_now
+from models.training.run_file import (
+    claim_directory,
+    failures_recorded,
+    record_failure,
+    require_free,
+    utc_now,
+    written,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +105,7 @@ def start_run(
     folder = site.checkpoint(recipe.model.checkpoint)
     architecture = load_architecture(folder)
     require_layout(architecture, recipe)
+    require_held_out(recipe, site)
     engine = start_engine(recipe, architecture, folder, launcher, timeout_s=options.step_timeout_s)
     ranks = engine.ranks
     loader = build_loader(
@@ -117,7 +127,8 @@ def run_to_end(run: Run, info: RunInfo | None, stop: StopRequest, watchdog: Watc
     recorder: Any = nullcontext()
     if info is not None:
         _describe(info, run, num_parameters)
-        write_run_info(run.directory, info)
+        with written(run.directory):
+            write_run_info(run.directory, info)
         recorder = Recorder(
             directory=run.directory, recipe=run.recipe, world_size=run.engine.ranks.world_size,
             on_terminal=sys.stderr.isatty(), use_tensorboard=run.options.tensorboard,
@@ -129,7 +140,8 @@ def run_to_end(run: Run, info: RunInfo | None, stop: StopRequest, watchdog: Watc
     except BaseException:
         if info is not None:  # the other ranks may be gone: tell what this one knows
             _account(info, run, run.loader.skipped)
-            write_run_info(run.directory, info)
+            with contextlib.suppress(OSError):  # the error on its way says more
+                write_run_info(run.directory, info)
         raise
     ranks = run.engine.ranks
     everyone = ranks.exchange((run.loader.skipped, ranks.counts_samples))
@@ -140,7 +152,8 @@ def run_to_end(run: Run, info: RunInfo | None, stop: StopRequest, watchdog: Watc
         )
         info.outcome.phase = "done"
         info.ended_at = utc_now()
-        write_run_info(run.directory, info)
+        with written(run.directory):
+            write_run_info(run.directory, info)
     ranks.barrier()
 
 

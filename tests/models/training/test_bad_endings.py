@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves behind when its numbers break, when it is told to stop, or when it cannot go on."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from models.contract.errors import ConfigError, DataError, RunError
 from models.contract.recipe import Recipe
 from models.contract.record import read_run_info
 from models.contract.site import Site
+from models.training import metrics, run_file, start
 from models.training.checkpoint import FOLDER, TRACKER_FILE
 from models.training.progress import TrainOptions
 from models.training.start import train
@@ -108,11 +110,69 @@ def test_offload_from_a_cpu_to_a_cpu_is_refused(
         train(recipe, site, tmp_path / "run", TrainOptions())
 
 
-def test_a_held_out_set_that_ends_too_soon_is_refused(
-    site: Site, make_recipe: MakeRecipe, tmp_path: Path
+def test_a_held_out_set_that_is_too_small_is_refused_before_the_first_step(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
 ) -> None:
     recipe = make_recipe(train={"eval_interval": 2, "eval_samples": 64})
     with pytest.raises(DataError, match="held-out set is exhausted") as caught:
         train(recipe, site, tmp_path / "run", TrainOptions())
     assert "64 samples" in str(caught.value)
     assert "got:      16" in str(caught.value)
+    assert rows_of(tmp_path / "run") == []
+
+
+def test_a_held_out_set_that_ends_too_soon_is_refused(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "require_held_out", lambda *_: None)  # its samples may turn out to be unusable
+    recipe = make_recipe(train={"eval_interval": 2, "eval_samples": 64})
+    with pytest.raises(DataError, match="held-out set is exhausted") as caught:
+        train(recipe, site, tmp_path / "run", TrainOptions())
+    assert "got:      16" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param("metrics.jsonl", id="metrics"), pytest.param("run.json", id="outcome")]
+)
+def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_space(
+    file: str,
+    site: Site,
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    rows_of: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, run = make_recipe(checkpoint={"save_interval": 2}), tmp_path / "run"
+    train(recipe, site, tmp_path / "whole", TrainOptions())
+
+    def full(*arguments: Any) -> None:
+        if file == "run.json" or arguments[1].iteration == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(run / file))
+
+    train(recipe, site, run, TrainOptions(stop_after=3))
+    with monkeypatch.context() as patch:
+        module, name = (start, "write_run_info") if file == "run.json" else (metrics, "append_metrics")
+        patch.setattr(module, name, full)
+        with pytest.raises(RunError, match="the run directory cannot be written") as caught:
+            train(recipe, site, run, TrainOptions(is_resume=True))
+    assert caught.value.where == str(run / file)
+    assert caught.value.got.startswith("No space left on device; ")
+    outcome = read_run_info(run).outcome
+    assert outcome.status == "failed"
+    assert "No space left on device" in str(outcome.error)
+    assert train(recipe, site, run, TrainOptions(is_resume=True)) == "completed"
+    assert rows_of(run) == rows_of(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_everywhere_hides_no_error(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        monkeypatch.setattr(start, "write_run_info", full)
+        monkeypatch.setattr(run_file, "write_run_info", full)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics, "append_metrics", full)
+    with pytest.raises(RunError, match="the run directory cannot be written"):
+        train(make_recipe(), site, tmp_path / "run", TrainOptions())
+    assert read_run_info(tmp_path / "run").outcome.phase == "training"

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """``run.json`` names the rank that failed first, whatever the others write after it."""
 
+import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from models.contract.errors import DataError
+from models.contract.errors import ConfigError, DataError, RunError
 from models.contract.recipe import Recipe
-from models.contract.record import read_run_info, write_run_info
-from models.training.run_file import FAILURES, claim_directory, failures_recorded, record_failure
+from models.contract.record import METRICS_FILE, RUN_FILE, read_run_info, write_run_info
+from models.training import run_file
+from models.training.run_file import (
+    FAILURES,
+    claim_directory,
+    cut_metrics,
+    failures_recorded,
+    record_failure,
+    recorded_digests,
+)
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -64,3 +74,71 @@ def test_ranks_that_fail_together_do_not_take_each_others_file(
     monkeypatch.setattr(Path, "replace", meanwhile_another_rank_writes)
     write_run_info(tmp_path, info)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_resume_that_may_yet_be_refused_keeps_what_the_run_was(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    first = claim_directory(tmp_path, make_recipe(), world_size=1, is_resume=False)
+    first.outcome.status, first.data_order_digest = "interrupted", "d"
+    write_run_info(tmp_path, first)
+    other = make_recipe(optimizer={"lr": 2e-3})
+    info = claim_directory(tmp_path, other, world_size=1, is_resume=True)
+    assert info.recipe_sha == other.sha()  # for when the checkpoint has proved to be of this recipe
+    found = read_run_info(tmp_path)
+    assert (found.recipe_sha, found.data_order_digest, found.started_at) == (
+        first.recipe_sha, "d", info.started_at,
+    )  # fmt: skip
+    assert (found.outcome.status, found.outcome.phase) == ("running", "startup")
+
+
+def test_a_run_file_that_cannot_be_read_is_written_anew(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).write_text("{")
+    claim_directory(tmp_path, make_recipe(), world_size=1, is_resume=True)
+    assert read_run_info(tmp_path).outcome.status == "running"
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_is_no_run_directory(below: str, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="the run directory cannot be made") as caught:
+        claim_directory(tmp_path / "file" / below, make_recipe(), world_size=1, is_resume=False)
+    assert caught.value.got == f"{tmp_path / 'file'} is a file"
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_named_where_a_run_begins(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_file, "write_run_info", full_disk)
+    with pytest.raises(RunError, match="the run directory cannot be written") as caught:
+        claim_directory(tmp_path, make_recipe(), world_size=1, is_resume=False)
+    assert caught.value.got.startswith("No space left on device; ")
+    assert "--resume" in caught.value.fix
+
+
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_raised(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim_directory(tmp_path, make_recipe(), world_size=1, is_resume=False)
+    monkeypatch.setattr(run_file, "write_run_info", full_disk)
+    with pytest.raises(DataError, match="unusable sample"), failures_recorded(tmp_path, 0):
+        raise DataError("unusable sample", fix="drop it")
+    assert "cannot be written" in caplog.text
+
+
+def test_metrics_are_cut_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"iteration": number, "sample_digest": str(number)} for number in (1, 2, 3)]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
+    assert recorded_digests(tmp_path) == {1: "1", 2: "2", 3: "3"}
+    before = (tmp_path / METRICS_FILE).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full_disk)
+        with pytest.raises(RunError, match="cannot be written"):
+            cut_metrics(tmp_path, 2)
+    assert (tmp_path / METRICS_FILE).read_text() == before
+    cut_metrics(tmp_path, 2)
+    assert recorded_digests(tmp_path) == {1: "1", 2: "2"}
