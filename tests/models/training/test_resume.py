@@ -244,6 +244,7 @@ def test_the_rank_that_failed_is_named_first(
     assert "planted on rank 1" in outcome.error
 
 
+@pytest.mark.slow
 def test_overlapped_exchange_changes_no_number_and_no_saved_weight(
     trainer: Trainer, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
 ) -> None:
