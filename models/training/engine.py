@@ -86,6 +86,10 @@ class Engine(Protocol):
         """Whether the last save is whole on every rank; waits for it when asked to. All ranks call it."""
         ...
 
+    def close(self) -> None:
+        """Let go of the process groups when the run is over: each keeps threads that poll."""
+        ...
+
     def load(self, folder: Path, *, with_optimizer: bool, same_layout: bool) -> None:
         """Read what `save` wrote; all ranks call it."""
         ...

@@ -137,6 +137,9 @@ class Fsdp2Engine:
         """The objective is the mean times the ranks that `fully_shard` averages over."""
         return 1.0 / self.ranks.dp_size
 
+    def close(self) -> None:
+        """Nothing holds the groups but torch itself."""
+
     def is_save_finished(self, *, is_blocking: bool) -> bool:
         """Whether the background writer of every rank is done."""
         if self._pending is None:

@@ -59,6 +59,7 @@ def train(recipe: Recipe, site: Site, directory: Path, options: TrainOptions) ->
         require_free(directory, is_resume=options.is_resume)
     with ranks_met(launcher, recipe, timeout_s=options.peer_timeout_s):
         progress = train_together(recipe, site, directory, options, launcher)
+    gc.collect()  # the groups go with the engine, and their threads with them
     return "completed" if progress.iteration == recipe.train.train_iters else "interrupted"
 
 
@@ -88,6 +89,7 @@ def train_together(
                 run = start_run(recipe, site, directory, options, launcher, start_engine)
                 with closing(run.loader):
                     run_to_end(run, info, stop, watchdog)
+                run.engine.close()
             finally:
                 stop_distributed()
     return run.progress
