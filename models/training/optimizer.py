@@ -99,8 +99,8 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
     """Refuse what this kind of device cannot do.
 
     Raises:
-        ConfigError: precision-aware states without TransformerEngine, offload from a CPU to a CPU or of fp32
-            weights, or overlap options without what they overlap.
+        ConfigError: precision-aware states without TransformerEngine, offload from a CPU to a CPU, or overlap
+            options without what they overlap.
     """
     settings, parallel = recipe.optimizer, recipe.parallel
     where = f"recipe {recipe.name}: [optimizer]"
@@ -112,29 +112,18 @@ def check_optimizer(recipe: Recipe, device: torch.device) -> None:
             got=device.type,
             fix="set it to false on this machine",
         )
-    for name, is_set in {
-        "use_precision_aware_optimizer": settings.use_precision_aware_optimizer,
-        "cpu_offload_fraction": settings.cpu_offload_fraction > 0,
-    }.items():
-        if is_set and not settings.use_distributed_optimizer:
-            raise ConfigError(
-                f"{name} needs use_distributed_optimizer",
-                where=where,
-                fix="set use_distributed_optimizer = true",
-            )
+    if settings.use_precision_aware_optimizer and not settings.use_distributed_optimizer:
+        raise ConfigError(
+            "use_precision_aware_optimizer needs use_distributed_optimizer",
+            where=where,
+            fix="set use_distributed_optimizer = true",
+        )
     if device.type == "cpu" and settings.cpu_offload_fraction > 0:
         raise ConfigError(
             "cpu_offload_fraction has no effect on a CPU",
             where=where,
             got=f"cpu_offload_fraction = {settings.cpu_offload_fraction}",
             fix="set it to 0 on this machine",
-        )
-    if recipe.precision.dtype == "fp32" and settings.cpu_offload_fraction > 0:
-        raise ConfigError(
-            "cpu_offload_fraction moves the fp32 copies of 16-bit weights, and fp32 weights have none",
-            where=where,
-            got="precision.dtype = fp32",
-            fix="set it to 0, or train in bf16",
         )
     if settings.min_lr > settings.lr:
         raise ConfigError("min_lr is larger than lr", where=where, got=f"{settings.min_lr} > {settings.lr}")

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from models.contract.errors import ConfigError, DataError, RunError
 from models.contract.recipe import Recipe
 from models.contract.record import read_run_info
+from models.contract.run_rules import check_run
 from models.contract.site import Site
 from models.training import metrics, run_file, start
 from models.training.checkpoint import FOLDER, TRACKER_FILE
+from models.training.optimizer import check_optimizer
 from models.training.progress import TrainOptions
 from models.training.start import train
 
@@ -105,9 +107,19 @@ def test_resume_without_optimizer_states_is_refused(
 def test_offload_from_a_cpu_to_a_cpu_is_refused(
     engine: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    recipe = make_recipe(train={"engine": engine}, optimizer={"cpu_offload_fraction": 1.0})
-    with pytest.raises(ConfigError, match="cpu_offload_fraction"):
+    recipe = make_recipe(
+        train={"engine": engine}, optimizer={"cpu_offload_fraction": 1.0}, precision={"dtype": "bf16"}
+    )
+    with pytest.raises(ConfigError, match="cpu_offload_fraction has no effect on a CPU"):
         train(recipe, site, tmp_path / "run", TrainOptions())
+
+
+@pytest.mark.parametrize("changes", [{"use_distributed_optimizer": False}, {}])
+def test_fsdp2_offloads_fp32_weights_on_a_gpu(changes: dict[str, Any], make_recipe: MakeRecipe) -> None:
+    """It keeps whole parameters on the CPU, where megatron-core keeps the fp32 copies of 16-bit ones."""
+    recipe = make_recipe(train={"engine": "fsdp2"}, optimizer=changes | {"cpu_offload_fraction": 1.0})
+    assert check_run(recipe) == []
+    check_optimizer(recipe, torch.device("cuda"))
 
 
 def test_a_held_out_set_that_is_too_small_is_refused_before_the_first_step(
