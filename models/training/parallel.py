@@ -188,7 +188,8 @@ def stage_of_chunk(chunk: int, ranks: Ranks) -> tuple[bool, bool]:
 
 
 def stop_distributed() -> None:
-    """Take the groups down; does nothing when they never came up."""
+    """Take the groups down, and the generators that go with them; does nothing when they never came up."""
     if distributed.is_initialized():
         parallel_state.destroy_model_parallel()
+        tensor_parallel.get_cuda_rng_tracker().reset()
         distributed.destroy_process_group()
