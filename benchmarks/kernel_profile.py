@@ -2,7 +2,7 @@
 """Where a step goes on the device: its kernels, and what they are for."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -34,13 +34,17 @@ def profile(step: Callable[[], object]) -> torch.profiler.profile:
 
 def kernel_times(profiler: torch.profiler.profile) -> dict[str, tuple[float, int]]:
     """Device time in ms and number of calls of every kernel."""
-    events: Iterable[Any] = profiler.key_averages()
-    on_device = [
+    events = _on_device(profiler.key_averages())
+    return {event.key: (event.self_device_time_total / 1e3, event.count) for event in events}
+
+
+def _on_device(events: Iterable[Any]) -> list[Any]:
+    """Kernels and copies, without annotations."""
+    return [
         event
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.key  # not an annotation
+        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.key
     ]
-    return {event.key: (event.self_device_time_total / 1e3, event.count) for event in on_device}
 
 
 def group_of(kernel: str) -> str:
@@ -60,12 +64,8 @@ def group_times(kernels: Mapping[str, tuple[float, int]]) -> dict[str, float]:
 
 def idle_table(profiler: torch.profiler.profile, *, num_parts: int = 20, num_gaps: int = 12) -> str:
     """Markdown: in which parts of the step the device had nothing to do, and after which kernels longest."""
-    events: Any = profiler.events()
-    spans = sorted(
-        (event.time_range.start, event.time_range.end, event.name)
-        for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.name
-    )
+    events = _on_device(cast(Any, profiler.events()))
+    spans = sorted((event.time_range.start, event.time_range.end, event.key) for event in events)
     begin, until = spans[0][0], max(end for _, end, _ in spans)
     part = (until - begin) / num_parts
     idle = [0.0] * num_parts
@@ -78,7 +78,7 @@ def idle_table(profiler: torch.profiler.profile, *, num_parts: int = 20, num_gap
         if end > reached:
             reached, last = end, name
     lines = [
-        f"Idle {sum(idle) / 1e3:.1f} of {(until - begin) / 1e3:.1f} ms; by twentieth of the step, in ms: "
+        f"Idle {sum(idle) / 1e3:.1f} of {(until - begin) / 1e3:.1f} ms; in each of {num_parts} equal parts, in ms: "
         + " ".join(f"{value / 1e3:.1f}" for value in idle),
         "", "| gap ms | at ms | after | before |", "|---|---|---|---|",
     ]  # fmt: skip

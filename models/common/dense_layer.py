@@ -18,7 +18,7 @@ from megatron.core.transformer import TransformerConfig, TransformerLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from models.common.fused_layers import FusedSelfAttention, wait_for_weights
+from models.common.fused_layers import FusedSelfAttention, norm_weight, wait_for_weights
 from models.common.kernels.norm import NormStatistics, norm_backward, norm_forward
 from models.common.kernels.products import (
     bias_gradient,
@@ -58,6 +58,12 @@ class DenseLayer(TransformerLayer):
                 attention.linear_proj, self.pre_mlp_layernorm, mlp.linear_fc1, mlp.linear_fc2,
             )  # fmt: skip
             self._owners = [part for part in parts if part is not None]
+            self._sizes = HeadSizes(
+                attention.num_query_groups_per_partition,
+                attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition,
+                attention.hidden_size_per_attention_head,
+                config.layernorm_epsilon,
+            )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the layer; see TransformerLayer.
@@ -86,17 +92,11 @@ class DenseLayer(TransformerLayer):
     def _forward(self, hidden_states: Tensor, angles: Tensor, segments: Any) -> Tensor:
         attention: Any = self.self_attention
         mlp: Any = self.mlp
-        sizes = HeadSizes(
-            attention.num_query_groups_per_partition,
-            attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition,
-            attention.hidden_size_per_attention_head,
-            self.config.layernorm_epsilon,
-        )
         query, key, value, residual = cast(
             tuple[Tensor, ...],
             _BeforeAttention.apply(
                 hidden_states, angles, *_parameters(self.input_layernorm), *_parameters(attention.linear_qkv),
-                _weight(attention.q_layernorm), _weight(attention.k_layernorm), sizes,
+                norm_weight(attention.q_layernorm), norm_weight(attention.k_layernorm), self._sizes,
             ),
         )  # fmt: skip
         attended = attention.core_attention(
@@ -120,10 +120,6 @@ def mlp_activation(config: TransformerConfig) -> str | None:
         return "gelu_tanh" if function.keywords == {"approximate": "tanh"} else None
     # megatron-core's fusion of F.gelu with the bias is the tanh approximation
     return ("gelu_tanh" if config.bias_activation_fusion else "gelu") if function is F.gelu else None
-
-
-def _weight(norm: Any) -> Tensor | None:
-    return None if norm is None else norm._parameters.get("weight")
 
 
 def _parameters(module: Any) -> tuple[Tensor, Tensor | None]:

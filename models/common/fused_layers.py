@@ -5,7 +5,6 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from models.common.kernels.norm import residual_norm
@@ -85,8 +84,8 @@ class FusedSelfAttention(SelfAttention):
         return split_and_turn(
             mixed,
             self._angles,
-            _weight(self.q_layernorm),
-            _weight(self.k_layernorm),
+            norm_weight(self.q_layernorm),
+            norm_weight(self.k_layernorm),
             num_groups=self.num_query_groups_per_partition,
             head_dim=self.hidden_size_per_attention_head,
             eps=self.config.layernorm_epsilon,
@@ -101,5 +100,6 @@ def wait_for_weights(*modules: Any) -> None:
                 hook(module, ())
 
 
-def _weight(norm: Any) -> Tensor | None:
-    return None if norm is None or isinstance(norm, IdentityOp) else norm.weight
+def norm_weight(norm: Any) -> Tensor | None:
+    """Weight of a norm over heads; None where there is none, or an identity in its place."""
+    return None if norm is None else norm._parameters.get("weight")

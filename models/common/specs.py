@@ -90,10 +90,8 @@ def _with_short_way(module: type[TransformerLayer]) -> type[TransformerLayer]:
 
     if module is TransformerLayer:
         return DenseLayer
-    bases: tuple[Any, ...] = (
-        module,
-        DenseLayer,
-    )  # what the class does around a layer it does around the short way
+    # What the class does around a layer it then does around the short way.
+    bases: tuple[Any, ...] = (module, DenseLayer)
     return type(module.__name__, bases, {})
 
 

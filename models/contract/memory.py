@@ -101,9 +101,8 @@ def estimate_memory(recipe: Recipe, architecture: Architecture) -> MemoryEstimat
     gradient = 4 if precision.grad_reduce_in_fp32 or precision.dtype == "fp32" else width
     # fp32 main copy and two fp32 moments; precision-aware: 2 bytes that complete bf16, and two bf16 moments. What
     # offloading leaves on the device is in fp32 all the same.
-    state = 8 + (0 if precision.dtype == "fp32" else 4)
-    if optimizer.use_precision_aware_optimizer and optimizer.cpu_offload_fraction == 0:
-        state = 6
+    has_short_states = optimizer.use_precision_aware_optimizer and optimizer.cpu_offload_fraction == 0
+    state = 6 if has_short_states else 8 + (0 if precision.dtype == "fp32" else 4)
     state *= 1 - optimizer.cpu_offload_fraction
     shards = recipe.num_processes // (tp * pp) if optimizer.use_distributed_optimizer else 1
     expert_ranks = recipe.num_processes // (parallel.expert_model_parallel_size * etp * pp)

@@ -130,9 +130,8 @@ def to_json_number(value: Any) -> Any:
 def write_run_info(directory: Path, info: RunInfo) -> None:
     """Replace ``run.json`` atomically."""
     text = json.dumps(to_json_number(info.model_dump(mode="json")), indent=1, ensure_ascii=False)
-    partial = (
-        directory / f"{RUN_FILE}.{uuid4().hex}.partial"
-    )  # ranks that fail together write at the same time
+    # Named apart: ranks that fail together write at the same time.
+    partial = directory / f"{RUN_FILE}.{uuid4().hex}.partial"
     try:
         with partial.open("w", encoding="utf-8") as stream:
             stream.write(text + "\n")

@@ -154,7 +154,8 @@ def build_optimizer(
     # mcore's offloading optimizer keeps fp32 weights and moments itself. Without the precision-aware mode a second
     # fp32 copy of the weights would stay on the device, and its states could not be read back.
     is_precision_aware = settings.use_precision_aware_optimizer or is_offloaded
-    moment_dtype = torch.bfloat16 if is_precision_aware and not is_offloaded else torch.float32
+    has_short_moments = settings.use_precision_aware_optimizer and not is_offloaded
+    moment_dtype = torch.bfloat16 if has_short_moments else torch.float32
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,

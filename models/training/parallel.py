@@ -17,6 +17,7 @@ from torch import distributed
 from models.contract.errors import ConfigError
 from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
+from models.training import random_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,5 +192,5 @@ def stop_distributed() -> None:
     """Take the groups down, and the generators that go with them; does nothing when they never came up."""
     if distributed.is_initialized():
         parallel_state.destroy_model_parallel()
-        tensor_parallel.get_cuda_rng_tracker().reset()
+        random_state.reset_tensor_parallel()
         distributed.destroy_process_group()

@@ -34,3 +34,8 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).set_rng_state(state["device"])
     _tracker().set_states(state["tensor_parallel"])
+
+
+def reset_tensor_parallel() -> None:
+    """Forget the tensor-parallel generators, as in a process that has set up no groups."""
+    _tracker().reset()

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from megatron.core import tensor_parallel
 
 from models.contract.recipe import Recipe
 from models.contract.site import Site
+from models.training import random_state
 from models.training.progress import TrainOptions
 from models.training.start import train
 
@@ -25,7 +25,7 @@ def test_runs_leave_no_generators_behind(
     site: Site, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     """A checkpoint of an engine that has none is read after a run of one that has."""
-    tensor_parallel.get_cuda_rng_tracker().reset()  # as in a fresh process
+    random_state.reset_tensor_parallel()  # as in a fresh process
     saves = {"save_interval": 1, "resharding": "data"}
     fsdp2 = make_recipe(train={"engine": "fsdp2"}, checkpoint=saves)
     train(fsdp2, site, tmp_path / "fsdp2", TrainOptions(stop_after=1))
