@@ -217,6 +217,9 @@ def dataset_counts(folder: Path, split: str) -> int:
     parts = YAML(typ="safe").load((folder / META / "split.yaml").read_text(encoding="utf-8"))["split_parts"]
     if not parts.get(split):
         named = ", ".join(name for name, shards in parts.items() if shards)
-        raise DataError(f"the dataset has no {split!r} split", where=str(folder), expected=named)
+        raise DataError(
+            f"the dataset has no {split!r} split", where=str(folder), got=f"samples in {named or 'no split'}",
+            fix="prepare it with such a split, or name another dataset",
+        )  # fmt: skip
     meta = WebdatasetMeta.from_config(path=EPath(folder), split_part=split, split_config="split.yaml")
     return sum(shard.count for shard in meta.shards)

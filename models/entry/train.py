@@ -30,7 +30,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the run directory's last checkpoint"
     )
-    parser.add_argument("--stop-after", type=int, metavar="ITERATION", help="leave early, as if interrupted")
+    parser.add_argument(
+        "--stop-after", type=_iteration, metavar="ITERATION", help="leave early, as if interrupted"
+    )
     parser.add_argument(
         "--step-timeout", type=_seconds, default=1800.0, metavar="SECONDS", help="a longer step is a hang"
     )
@@ -39,10 +41,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="how long the ranks wait for each other at the start",
     )  # fmt: skip
     parser.add_argument(
-        "--trace", type=int, metavar="ITERATION", help="record this iteration's tensors, for `diverge`"
+        "--trace", type=_iteration, metavar="ITERATION", help="record this iteration's tensors, for `diverge`"
     )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files")
     return parser.parse_args(arguments)
+
+
+def _iteration(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"iterations count from 1: {text}")
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -44,10 +44,11 @@ READ_ERRORS = (
 """What a damaged file makes of reading it."""
 EXECUTION_KEYS = {
     "model": {"attention_backend"},
-    "train": {"micro_batch_size", "log_interval", "manual_gc_interval"},
+    "data": {"max_skipped_fraction"},
+    "train": {"micro_batch_size", "log_interval", "manual_gc_interval", "non_finite"},
     "precision": {"recompute", "recompute_num_layers", "recompute_vision"},
 }
-"""Recipe keys that say how, not what: a run may go on with other values."""
+"""Recipe keys that say how, or when to stop: a run may go on with other values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +74,11 @@ def training_identity(recipe: Recipe) -> dict[str, Any]:
         mode="json",
         exclude={"name", "description", "notes", "hardware", "num_processes", "parallel", "checkpoint"},
     )
-    for section, keys in EXECUTION_KEYS.items():
-        data[section] = {key: value for key, value in data[section].items() if key not in keys}
-    return data
+    return {section: _without_execution(section, values) for section, values in data.items()}
+
+
+def _without_execution(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in EXECUTION_KEYS.get(section, ())}
 
 
 class Saver:
@@ -209,7 +212,8 @@ def read_state(folder: Path, recipe: Recipe, layout: dict[str, int]) -> RunState
         state = RunState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise _unreadable(folder / STATE_FILE, error) from error
-    differing = differences(state.identity, training_identity(recipe), "in the checkpoint", "in the recipe")
+    identity = {key: _without_execution(key, value) for key, value in state.identity.items()}
+    differing = differences(identity, training_identity(recipe), "in the checkpoint", "in the recipe")
     if differing:
         raise ConfigError(
             "the checkpoint belongs to another recipe", where=str(folder), got="; ".join(differing),

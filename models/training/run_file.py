@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``run.json`` over the life of a run, and the claim on its directory."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import logging
+import os
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -30,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FAILURES = "failures"
 """Folder with one file for each rank that failed."""
+LOCK_FILE = ".lock"
 
 
 @contextmanager
@@ -78,6 +84,35 @@ def require_free(directory: Path, *, is_resume: bool) -> None:
             "the run directory cannot be made", where=str(directory), expected="a new or empty folder",
             got=f"{there} is a file", fix="choose another --run-dir",
         )  # fmt: skip
+
+
+@contextmanager
+def directory_held(directory: Path) -> Iterator[None]:
+    """Keep other processes from training in a directory while the block runs; one that is killed lets go of it.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with written(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        stream = (directory / LOCK_FILE).open("a+", encoding="utf-8")
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock: no child inherits it
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                stream.seek(0)
+                raise RunError(
+                    "another process trains in this directory", where=str(directory), got=stream.read(200).strip(),
+                    fix="wait until it has ended, or end it; then --resume goes on from its last checkpoint",
+                ) from None  # fmt: skip
+            logger.info("%s cannot be locked: %s", directory, error)  # not every network disk can
+        else:
+            with contextlib.suppress(OSError):  # a full disk keeps the name out, and not the lock
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} of {socket.gethostname()} since {utc_now()}\n")
+                stream.flush()
+        yield
 
 
 def claim_directory(directory: Path, recipe: Recipe, *, world_size: int, is_resume: bool) -> RunInfo:

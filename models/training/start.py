@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from models.contract.errors import RunError
+from models.contract.errors import ConfigError, RunError
 from models.contract.families import load_architecture
 from models.contract.launcher import LauncherEnvironment, read_launcher_environment
 from models.contract.layout import require_layout
@@ -32,6 +32,7 @@ from models.training.progress import Progress, Run, TrainOptions, restore
 from models.training.rendezvous import ranks_met
 from models.training.run_file import (
     claim_directory,
+    directory_held,
     failures_recorded,
     record_failure,
     require_free,
@@ -55,9 +56,11 @@ def train(recipe: Recipe, site: Site, directory: Path, options: TrainOptions) ->
     """
     launcher = read_launcher_environment()
     require_processes(recipe, launcher)
-    if launcher.rank == 0:
+    is_writer = launcher.rank == 0
+    if is_writer:
         require_free(directory, is_resume=options.is_resume)
-    with ranks_met(launcher, recipe, timeout_s=options.peer_timeout_s):
+    meeting = ranks_met(launcher, recipe, timeout_s=options.peer_timeout_s)
+    with meeting, directory_held(directory) if is_writer else nullcontext():
         progress = train_together(recipe, site, directory, options, launcher)
     gc.collect()  # the groups go with the engine, and their threads with them
     return "completed" if progress.iteration == recipe.train.train_iters else "interrupted"
@@ -115,12 +118,28 @@ def start_run(
         split="train", data_parallel_rank=ranks.dp_rank, data_parallel_size=ranks.dp_size,
     )  # fmt: skip
     progress = restore(recipe, directory, engine, loader) if options.is_resume else Progress()
+    require_trace(recipe, options, progress)
     settings = recipe.checkpoint
     saver = Saver(directory, engine, keep_last=settings.keep_last, is_async=settings.async_save)
     return Run(
         recipe=recipe, site=site, architecture=architecture, directory=directory, options=options,
         engine=engine, loader=loader, progress=progress, saver=saver,
     )  # fmt: skip
+
+
+def require_trace(recipe: Recipe, options: TrainOptions, progress: Progress) -> None:
+    """Check that the iteration to record is one that this process takes.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    first = progress.iteration + 1
+    last = min(recipe.train.train_iters, options.stop_after or recipe.train.train_iters)
+    if options.trace is not None and not first <= options.trace <= last:
+        raise ConfigError(
+            "the iteration to record is not taken", where="--trace", expected=f"{first} to {last}",
+            got=str(options.trace), fix="choose one of these, or start a new run",
+        )  # fmt: skip
 
 
 def run_to_end(run: Run, info: RunInfo | None, stop: StopRequest, watchdog: Watchdog) -> None:

@@ -34,6 +34,8 @@ def stopped(*arguments) -> None:
     write(*arguments)
 
 
+# As in a terminal, also where the tests were started in the background, which ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if what == "RLIMIT":
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
 else:

@@ -36,6 +36,16 @@ def test_a_limit_that_is_none_is_refused(option: str, wrong: str, capsys: pytest
     assert f"argument {option}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--stop-after", "--trace"])
+@pytest.mark.parametrize("wrong", ["0", "-1", "last"])
+def test_an_iteration_that_is_none_is_refused(
+    option: str, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments([*NEEDED, option, wrong])
+    assert f"argument {option}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_rank_that_was_started_alone_says_so(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(RECIPE)

@@ -2,7 +2,6 @@
 """Towers without media: no gradient where nobody awaits one, and one of zeros where data parallelism does."""
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from models.parity.layouts import Job
 from models.training.cpu import cpu_megatron
 from models.training.megatron_engine import MegatronEngine
 from models.training.parallel import start_megatron
+from tests.models.training.trainer import free_port
 
 MakeRecipe = Callable[..., Recipe]
 NUM_RANKS = 2
@@ -106,10 +106,7 @@ def test_step_with_media_on_one_rank_ends_with_equal_gradients(
     # dealt out in turn: the second rank has text alone, the first one in its last micro-batch
     [job] = make_jobs("qwen3_vl", {"dp": {"num_dp": NUM_RANKS}}, cases=("images", "text", "text", "text"))
     torch.save((recipe, job), tmp_path / "given.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(step_of_one_rank, (port, tmp_path), nprocs=NUM_RANKS)
+    multiprocessing.spawn(step_of_one_rank, (free_port(), tmp_path), nprocs=NUM_RANKS)
     (first, errors), (second, _) = (
         torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(NUM_RANKS)
     )

@@ -62,6 +62,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
     assert (outcome.status, outcome.iteration) == ("failed", rows[-1]["iteration"])
 
 
+def test_a_run_that_stopped_at_a_loss_that_is_not_finite_goes_on_without_it_as_its_message_says(
+    poisoned: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
+) -> None:
+    recipes = [
+        make_recipe(
+            train={"train_iters": 13, "non_finite": policy}, model={"checkpoint": poisoned},
+            checkpoint={"save_interval": 1, "keep_last": 1},
+        )
+        for policy in ("skip", "stop")
+    ]  # fmt: skip
+    train(recipes[0], site, tmp_path / "whole", TrainOptions())
+    with pytest.raises(RunError, match="non_finite = 'skip' goes on"):
+        train(recipes[1], site, tmp_path / "run", TrainOptions())
+    assert train(recipes[0], site, tmp_path / "run", TrainOptions(is_resume=True)) == "completed"
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+    assert any(row["num_nan_iterations"] for row in rows_of(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_loss_that_is_not_finite_is_skipped_when_asked(
     engine: str, poisoned: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows

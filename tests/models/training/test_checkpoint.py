@@ -196,6 +196,18 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_key(
     assert read_run_info(run).outcome.error is None
 
 
+def test_limits_may_change_from_one_attempt_to_the_next(
+    stopped: Any, site: Site, make_recipe: MakeRecipe
+) -> None:
+    _, run = stopped("megatron")
+    state_file = run / FOLDER / NEWEST / STATE_FILE
+    state = json.loads(state_file.read_text())
+    state["identity"]["train"]["non_finite"] = "stop"  # as a checkpoint of an earlier version has it
+    state_file.write_text(json.dumps(state))
+    others = {"train": {"non_finite": "skip"}, "data": {"max_skipped_fraction": 0.5}}
+    assert resume(make_recipe(checkpoint=SAVES, **others), site, run, stop_after=5) == "interrupted"
+
+
 def test_a_dataset_that_was_made_again_is_refused(stopped: Any, site: Site, make_recipe: MakeRecipe) -> None:
     recipe, run = stopped("megatron")
     (run / FOLDER / TRACKER_FILE).write_text(
@@ -250,6 +262,16 @@ def test_a_run_that_was_set_back_keeps_what_it_saves(
     assert [folder.name for folder in (run / FOLDER).iterdir() if folder.is_dir()] == [NEWEST]
     assert (run / FOLDER / NEWEST).stat().st_ino != stamp
     assert rows_of(run) == before
+
+
+@pytest.mark.parametrize(("trace", "stop_after"), [(4, None), (7, None), (6, 5)])
+def test_an_iteration_to_record_that_is_not_taken_is_refused(
+    trace: int, stop_after: int | None, stopped: Any, site: Site
+) -> None:
+    recipe, run = stopped("megatron")
+    with pytest.raises(ConfigError, match="the iteration to record is not taken") as caught:
+        resume(recipe, site, run, trace=trace, stop_after=stop_after)
+    assert (caught.value.expected, caught.value.got) == (f"5 to {stop_after or 6}", str(trace))
 
 
 def test_metrics_that_cannot_be_read_are_named(stopped: Any, site: Site) -> None:

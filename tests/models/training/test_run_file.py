@@ -2,7 +2,11 @@
 """``run.json`` names the rank that failed first, whatever the others write after it."""
 
 import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +15,20 @@ import pytest
 from models.contract.errors import ConfigError, DataError, RunError
 from models.contract.recipe import Recipe
 from models.contract.record import METRICS_FILE, RUN_FILE, read_run_info, write_run_info
+from models.contract.site import Site
 from models.training import run_file
+from models.training.progress import TrainOptions
 from models.training.run_file import (
     FAILURES,
+    LOCK_FILE,
     claim_directory,
     cut_metrics,
+    directory_held,
     failures_recorded,
     record_failure,
     recorded_digests,
 )
+from models.training.start import train
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -142,3 +151,42 @@ def test_metrics_are_cut_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / METRICS_FILE).read_text() == before
     cut_metrics(tmp_path, 2)
     assert recorded_digests(tmp_path) == {1: "1", 2: "2"}
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from models.training.run_file import directory_held
+with directory_held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_never_train_in_one_directory(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HOLDER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process trains in this directory") as caught:
+            train(make_recipe(), site, run, TrainOptions(is_resume=True))
+        assert not (run / RUN_FILE).exists()
+        assert caught.value.got.startswith(f"process {holder.pid} of ")
+        holder.kill()
+    with directory_held(run):  # the kernel took it from the process that was killed
+        assert (run / LOCK_FILE).read_text().startswith(f"process {os.getpid()} of ")
+
+
+def test_a_disk_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    with directory_held(tmp_path):
+        pass
