@@ -17,12 +17,12 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from benchmarks.mock_batch import MockShape, mock_batch
 from models.common.batch import IGNORED_LABEL, Batch
 from models.common.settings import ModelSettings, resolve_attention_backend
 from models.contract.architecture import Architecture
 from models.contract.families import family_part, published_architecture, published_config
 from models.contract.launcher import read_launcher_environment
+from models.datasets.fixed_shapes import RowShape, fixed_batch
 from models.training.parallel import start_megatron, stop_distributed
 
 SEQ_LENGTH = 8192
@@ -98,8 +98,8 @@ def main() -> None:
         architecture = published_architecture(name)
         recipe = make_recipe(case_parser().parse_args(["--model", name]), 1, architecture.family)
         start_megatron(recipe, read_launcher_environment(), timeout_s=300)
-        shape = MockShape(seq_length=SEQ_LENGTH, num_images=int(count), image_size=int(side))
-        batch = mock_batch(architecture, shape)
+        shape = RowShape(seq_length=SEQ_LENGTH, num_images=int(count), image_size=int(side))
+        batch = fixed_batch(architecture, shape).to("cuda")
         row: dict[str, object] = {"model": name, "images": images, "seq_length": SEQ_LENGTH}
         for side_name, run in (
             ("transformers_ms", lambda name=name, batch=batch: time_transformers(name, batch)),

@@ -27,7 +27,6 @@ from torch import distributed
 
 from benchmarks.host_profile import host_profile
 from benchmarks.kernel_profile import idle_table, kernel_times, profile, profile_table
-from benchmarks.mock_batch import MockShape, mock_batch
 from models.common.batch import Batch
 from models.contract.architecture import Architecture
 from models.contract.errors import HarnessError
@@ -35,23 +34,11 @@ from models.contract.families import published_architecture
 from models.contract.flops import megatron_flops, model_flops
 from models.contract.launcher import read_launcher_environment
 from models.contract.recipe import Recipe, parse_recipe
+from models.datasets.fixed_shapes import RowShape, fixed_batch
 from models.training.cpu import cpu_megatron
+from models.training.device_rates import matmul_rate
 from models.training.megatron_engine import MegatronEngine
-from models.training.parallel import Ranks, start_megatron, stop_distributed
-
-
-def matmul_ceiling(size: int = 8192, repeats: int = 20) -> float:
-    """TFLOP/s of a dense bf16 product of random square matrices, median of `repeats`."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        torch.mm(a, b)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * size**3 / statistics.median(times[3:]) / 1e9
+from models.training.parallel import Ranks, pick_device, start_megatron, stop_distributed
 
 
 def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Recipe:
@@ -214,12 +201,12 @@ def cut_layers(architecture: Architecture, num_layers: int | None) -> Architectu
 
 def make_batches(options: argparse.Namespace, architecture: Architecture, ranks: Ranks) -> list[Batch]:
     """The micro-batches of one step on this data-parallel rank, as the command line describes them."""
-    shape = MockShape(
+    shape = RowShape(
         seq_length=options.seq_length, num_images=options.images, image_size=options.image_size,
         num_samples=options.samples,
     )  # fmt: skip
     return [
-        mock_batch(architecture, shape, seed=ranks.dp_rank * 1000 + index, device="cpu")
+        fixed_batch(architecture, shape, seed=ranks.dp_rank * 1000 + index)
         for index in range(options.micro_batches)
     ]
 
@@ -255,7 +242,8 @@ def main() -> None:
     cases = [case_parser().parse_args(shlex.split(argument)) for argument in sys.argv[1:]]
     patches = nullcontext() if torch.cuda.is_available() else cpu_megatron()
     with patches:
-        ceiling = matmul_ceiling() if torch.cuda.is_available() else 0.0
+        device = pick_device(read_launcher_environment().local_rank)
+        ceiling = 0.0 if device.type == "cpu" else matmul_rate(device).median_tflops
         # Every case meets at a port of its own, where torchrun's store does not listen.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         for number, options in enumerate(cases):

@@ -18,6 +18,7 @@ from harness.hardware import REPOSITORY
 from harness.launch import child_environment
 from models.contract.architecture import FAMILIES
 from models.contract.errors import ConfigError, RunError
+from models.contract.families import detect_family, published_config, published_names
 from models.contract.site import Site
 from models.contract.tiny_config import sized_config, tiny_config
 
@@ -30,6 +31,20 @@ Steps = Callable[[Path], list[list[str]]]
 def tiny_checkpoint_name(family: str) -> str:
     """Name of a family's tiny checkpoint in recipes."""
     return f"tiny-{family}"
+
+
+def config_name(published: str) -> str:
+    """Name in recipes of a published size's folder without weights, for `model.init = "random"`."""
+    return f"config-{published}"
+
+
+def _config_only(published: str) -> Steps:
+    flags = ("--size", published, "--dtype", "bf16", "--no-weights")
+
+    def steps(path: Path) -> list[list[str]]:
+        return _tiny(detect_family(published_config(published)), *flags)(path)
+
+    return steps
 
 
 def _tiny(family: str, *flags: str) -> Steps:
@@ -58,16 +73,22 @@ def _photographs(path: Path) -> list[list[str]]:
     return [*draw, prepare]
 
 
-CHECKPOINTS: dict[str, Steps] = {tiny_checkpoint_name(family): _tiny(family) for family in FAMILIES} | {
-    "tiny-qwen3_vl_moe": _tiny("qwen3_vl", "--moe"),
-    "sized-qwen3_vl_2b": _tiny("qwen3_vl", "--size", "qwen3_vl_2b", "--dtype", "bf16"),
-}
-CONFIGS: Mapping[str, Callable[[], dict[str, Any]]] = {
-    tiny_checkpoint_name(family): partial(tiny_config, family) for family in FAMILIES
-} | {
-    "tiny-qwen3_vl_moe": partial(tiny_config, "qwen3_vl", moe=True),
-    "sized-qwen3_vl_2b": partial(sized_config, "qwen3_vl_2b"),
-}
+CHECKPOINTS: dict[str, Steps] = (
+    {tiny_checkpoint_name(family): _tiny(family) for family in FAMILIES}
+    | {config_name(published): _config_only(published) for published in published_names()}
+    | {
+        "tiny-qwen3_vl_moe": _tiny("qwen3_vl", "--moe"),
+        "sized-qwen3_vl_2b": _tiny("qwen3_vl", "--size", "qwen3_vl_2b", "--dtype", "bf16"),
+    }
+)
+CONFIGS: Mapping[str, Callable[[], dict[str, Any]]] = (
+    {tiny_checkpoint_name(family): partial(tiny_config, family) for family in FAMILIES}
+    | {config_name(published): partial(sized_config, published) for published in published_names()}
+    | {
+        "tiny-qwen3_vl_moe": partial(tiny_config, "qwen3_vl", moe=True),
+        "sized-qwen3_vl_2b": partial(sized_config, "qwen3_vl_2b"),
+    }
+)
 """What ``config.json`` of each of those checkpoints will say, so that planning knows its sizes before it is made."""
 DATASETS: dict[str, Steps] = {
     "scenes": _drawn("scenes"),

@@ -112,7 +112,8 @@ def missing_inputs(case: Case, site: Site) -> list[MissingInput]:
                 fix=f"download the Hugging Face folder to {checkpoint}, or set `checkpoints` in site.toml",
             )
         )
-    for name in filter(None, (data.dataset, data.eval_dataset)):
+    named = (data.dataset, data.eval_dataset) if data.fixed_shapes is None else ()
+    for name in filter(None, named):
         folder = site.dataset(name)
         if not (folder / ".nv-meta").is_dir():
             missing.append(

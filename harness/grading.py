@@ -10,6 +10,7 @@ from typing import Literal
 from harness.baselines.schema import Baseline, BaselineKey, baseline_of_records, device_name
 from harness.baselines.store import hardware_of, published_note, stack_differences
 from harness.gates.convergence import end_window, first_forward, first_steps, held_out, literal
+from harness.gates.machine import machine
 from harness.gates.memory import memory
 from harness.gates.pairing import Pairing, pair
 from harness.gates.plausibility import plausibility
@@ -45,7 +46,7 @@ def grade(
         baseline: What to compare with, or None.
         policy: All margins.
         gate_mode: `tost` lets the convergence ladder decide; `literal` the single-point rule; `off` neither: only
-            sanity, plausibility, throughput and memory count.
+            sanity, plausibility, machine, throughput and memory count.
         hardware: Class the run is claimed to be from; None takes what its own probe found.
         match_level: How the baseline was found; None works it out from the two keys.
         notes: What the look-up had to say.
@@ -71,6 +72,9 @@ def grade(
         plausibility(record, policy, hardware=claimed, baseline=comparable if is_same_device else None)
     )
     is_sound = not any(gate.status == "invalid" for gate in gates if gate.gate != "environment")
+    # The loss does not depend on it: a machine at fault leaves the loss to be compared, and the step times not.
+    ran_on = machine(record, comparable if same_hardware else None, policy, hardware=claimed)
+    gates += [ran_on] if ran_on is not None else []
     text = list(notes)
     if baseline is not None and not record.series.empty and record.has("lm_loss"):
         if is_published:
@@ -78,8 +82,9 @@ def grade(
             gates += _published_gates(record, baseline, policy, gate_mode)
         elif is_sound and pairing is not None:
             gates += _measured_gates(
-                record, baseline, policy, pairing, gate_mode, level=level, hardware=claimed, window=window
-            )
+                record, baseline, policy, pairing, gate_mode, level=level, hardware=claimed, window=window,
+                ran_on=ran_on,
+            )  # fmt: skip
     names = _verdicts(record, baseline, gates, gate_mode, level)
     if not is_sound and baseline is not None and not is_published:
         text.append("the record is not sound: it was not compared with the baseline")
@@ -112,8 +117,9 @@ def compare(
     own = (
         sanity(reference, policy, accept_excerpt=gate_mode == "literal"),
         plausibility(reference, policy, hardware=hardware_of(reference)),
+        machine(reference, None, policy, hardware=hardware_of(reference)),
     )
-    unsound = [gate for gate in own if gate.status == "invalid"]
+    unsound = [gate for gate in own if gate is not None and gate.status == "invalid"]
     if unsound:
         return Verdict(
             name="INVALID",
@@ -159,6 +165,7 @@ def _measured_gates(
     level: str,
     hardware: str | None,
     window: Window | None,
+    ran_on: GateResult | None,
 ) -> list[GateResult]:
     same = level != "other_hardware"
     gates: list[GateResult] = []
@@ -180,8 +187,12 @@ def _measured_gates(
     if mode == "off":
         gates = [gate for gate in gates if gate.gate == "literal"]
     if same:
-        reason = _advisory_reason(record, baseline, hardware)
-        gates.append(throughput(record, baseline, policy, hardware=hardware, advisory_because=reason))
+        if ran_on is not None and ran_on.status == "invalid":
+            text = "step times of a machine at fault say nothing of the code"
+            gates.append(GateResult(gate="throughput", status="not_run", blocks=False, summary=text))
+        else:
+            reason = _advisory_reason(record, baseline, hardware)
+            gates.append(throughput(record, baseline, policy, hardware=hardware, advisory_because=reason))
         gates.append(memory(record, baseline, policy, hardware=hardware))
     return gates
 

@@ -28,16 +28,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from harness.cases import Case
 from harness.hardware import REPOSITORY
+from harness.telemetry import telemetry_recorded
 from models.contract.cluster import ONE_NODE, Cluster, processes_per_node
 from models.contract.errors import RunError
 from models.contract.record import METRICS_FILE, RUN_FILE
+from models.contract.sentinel import SENTINEL_PREFIX
 from models.contract.waiting import look_up
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ _OUR_ERRORS = re.compile(
     r"(ConfigError|DataError|WeightMappingError|ShapeError|EnvironmentMismatch|BaselineError|RunError): (.*)$",
     re.MULTILINE,
 )
+_ERROR_ROWS = re.compile(r"(?:\n {2}(?:where|expected|got|fix): .*)*")
 _EXCEPTION_LINE = re.compile(
     r"^(?:\[[^\]]*\]:?)?\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit|Mismatch))(?:: (.*))?$",
     re.MULTILINE,
@@ -142,11 +146,18 @@ def train_command(
         ConfigError: the processes do not divide over the nodes.
     """
     site = ["--site", str(site_file)] if site_file else []
+    program = ["models.entry.train", "--recipe", str(recipe_file), "--run-dir", str(run_dir), *site]
+    return torchrun_command(program, num_processes, cluster)
+
+
+def torchrun_command(program: list[str], num_processes: int, cluster: Cluster = ONE_NODE) -> list[str]:
+    """Command line of a module and its arguments in `num_processes` processes, on this node.
+
+    Raises:
+        ConfigError: the processes do not divide over the nodes.
+    """
     nodes = cluster.torchrun_arguments(processes_per_node(num_processes, cluster.num_nodes))
-    return [
-        sys.executable, "-m", "torch.distributed.run", *nodes,
-        "-m", "models.entry.train", "--recipe", str(recipe_file), "--run-dir", str(run_dir), *site,
-    ]  # fmt: skip
+    return [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", *program]
 
 
 def look_for_first_node(cluster: Cluster) -> None:
@@ -179,7 +190,21 @@ def launch_case(
     if case.recipe.train.engine == "megatron" and case.hardware not in ("cpu", "b200"):
         # mcore's overlap of communication needs a single hardware queue before Blackwell; FSDP2 is slowed by it
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    return launch(command, run_dir, environment=environment, watch=watch, cluster=cluster)
+    num_devices = processes_per_node(case.recipe.num_processes, cluster.num_nodes)
+    with devices_watched(case.hardware, run_dir, num_devices, environment, cluster.node_rank):
+        return launch(command, run_dir, environment=environment, watch=watch, cluster=cluster)
+
+
+def devices_watched(
+    hardware: str, run_dir: Path, num_devices: int, environment: dict[str, str], node_rank: int
+) -> AbstractContextManager[None]:
+    """Record what the devices of this node do while the block runs; nothing on a CPU."""
+    if hardware == "cpu":
+        return contextlib.nullcontext()
+    return telemetry_recorded(
+        run_dir, num_devices=num_devices, environment=environment, marker=(RUN_VARIABLE, str(run_dir)),
+        node_rank=node_rank,
+    )  # fmt: skip
 
 
 def launch(
@@ -196,14 +221,8 @@ def launch(
         RunError: `run_dir` already holds a run.
         KeyboardInterrupt: after the processes were stopped and the attempt was recorded.
     """
+    require_new(run_dir, cluster)
     keeps_record = cluster.node_rank == 0
-    if keeps_record and ((run_dir / RUN_FILE).exists() or (run_dir / ATTEMPTS_FILE).exists()):
-        raise RunError(
-            "the run directory already holds a run",
-            where=str(run_dir),
-            expected="a new or empty folder",
-            fix="choose another folder; results are never overwritten",
-        )
     run_dir.mkdir(parents=True, exist_ok=True)
     log = LAUNCH_LOG if keeps_record else f"launch-node-{cluster.node_rank}.log"
     environment = (environment or dict(os.environ)) | {RUN_VARIABLE: str(run_dir)}
@@ -225,6 +244,21 @@ def launch(
             return LaunchResult(run_dir=run_dir, attempts=tuple(attempts))
         logger.warning(
             "attempt %d failed before iteration 1, trying again: %s", attempt.number, attempt.reason
+        )
+
+
+def require_new(run_dir: Path, cluster: Cluster = ONE_NODE) -> None:
+    """Check, on the first node, that no run is there yet.
+
+    Raises:
+        RunError: there is one.
+    """
+    if cluster.node_rank == 0 and any((run_dir / name).exists() for name in (RUN_FILE, ATTEMPTS_FILE)):
+        raise RunError(
+            "the run directory already holds a run",
+            where=str(run_dir),
+            expected="a new or empty folder",
+            fix="choose another folder; results are never overwritten",
         )
 
 
@@ -257,7 +291,8 @@ def classify_failure(
     reason = failure_reason(log, exit_code)
     if last_iteration > 0 or phase not in ("", "startup"):
         return "result", reason
-    if _OUR_ERRORS.search(log) and not _is_infrastructure(reason):
+    ours = _OUR_ERRORS.search(log)
+    if ours and not _is_infrastructure(f"{ours.group(1)}: {ours.group(2)}"):
         return "refused", reason
     exceptions = _exceptions(log)
     # SIGKILL without any exception is the kernel or the scheduler taking the processes away.
@@ -268,10 +303,15 @@ def classify_failure(
 
 
 def failure_reason(log: str, exit_code: int) -> str:
-    """The line that says why: our own error, else the first exception a worker printed, else the exit code."""
+    """In one line, why: our own error, else the first exception a worker printed, else the exit code."""
     ours = _OUR_ERRORS.search(log)
     if ours:
-        return f"{ours.group(1)}: {ours.group(2)}"
+        rows = _ERROR_ROWS.match(log, ours.end())
+        said = [
+            ours.group(2),
+            *(" ".join(row.split()) for row in (rows.group() if rows else "").splitlines() if row),
+        ]
+        return f"{ours.group(1)}: {'; '.join(said)}"
     exceptions = _exceptions(log)
     if exceptions:
         return exceptions[0]
@@ -305,21 +345,13 @@ def _one_attempt(
     interrupt: KeyboardInterrupt | None = None
     timed_out = False
     with (run_dir / log_name).open("ab") as log, _terminate_as_interrupt():
-        process = subprocess.Popen(
-            [sys.executable, str(TIED), str(os.getpid()), *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=REPOSITORY,
-            start_new_session=True,
-        )
+        process = start_group(command, environment, log)
         try:
             timed_out = not _follow(process, run_dir, watch)
         except KeyboardInterrupt as error:
             interrupt = error
         finally:
-            _stop_group(process)
+            stop_group(process)
             _sweep(run_dir)
     text = _tail(run_dir / log_name)
     last_iteration, phase = _how_far(run_dir)
@@ -344,6 +376,19 @@ def _one_attempt(
         directory=".",
     )
     return attempt, interrupt
+
+
+def start_group(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own that ends when this process does; it prints into `log`."""
+    return subprocess.Popen(
+        [sys.executable, str(TIED), str(os.getpid()), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        cwd=REPOSITORY,
+        start_new_session=True,
+    )
 
 
 def _follow(process: subprocess.Popen[bytes], run_dir: Path, watch: Watch) -> bool:
@@ -401,7 +446,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
+def stop_group(process: subprocess.Popen[bytes]) -> None:
     """Stop the process and everything it started: politely, then by force.
 
     torchrun puts each worker in a session of its own, so the group alone does not reach them.
@@ -458,7 +503,7 @@ def _set_aside(run_dir: Path, attempt: Attempt) -> Attempt:
     folder = run_dir / f"attempt-{attempt.number}"
     folder.mkdir()
     for item in list(run_dir.iterdir()):
-        if not item.name.startswith("attempt-") and item.name != ATTEMPTS_FILE:
+        if not item.name.startswith(("attempt-", SENTINEL_PREFIX)) and item.name != ATTEMPTS_FILE:
             shutil.move(item, folder / item.name)
     return Attempt(**{**asdict(attempt), "directory": folder.name})
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judges a run against another of the same session: two engines, or two layouts, on the same samples and weights."""
+"""Judges a run against another of the same session: two engines, or two precisions, on the same samples and weights."""
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,20 +19,21 @@ SAME_RUN = frozenset({"name", "description", "notes", "hardware", "checkpoint"})
 """Recipe keys that do not make another run."""
 
 
-def partner_of(case: Case, known: list[Case], *, engine: str) -> Case:
-    """The case of `known` that differs from `case` in its engine alone.
+def partner_of(case: Case, known: list[Case], section: str, **values: Any) -> Case:
+    """The case of `known` that differs from `case` in these values of one section alone.
 
     Raises:
         RunError: there is none.
     """
     wanted = case.recipe.model_dump(exclude=set(SAME_RUN))
-    wanted["train"]["engine"] = engine
+    wanted[section] |= values
     for other in known:
         if other.hardware == case.hardware and other.recipe.model_dump(exclude=set(SAME_RUN)) == wanted:
             return other
+    changes = ", ".join(f"{section}.{key} = {value!r}" for key, value in values.items())
     raise RunError(
-        f"no case differs from {case.id} in its engine alone",
-        expected=f'a recipe beside it with train.engine = "{engine}"',
+        f"no case differs from {case.id} in its [{section}] alone",
+        expected=f"a recipe beside it with {changes}",
         fix="extend the same parent in both recipes",
     )
 
@@ -49,10 +53,17 @@ def step_gaps(record: RunRecord, partner: RunRecord, column: str = "lm_loss") ->
     return np.abs(ours - theirs) / np.abs(theirs)
 
 
-def judge_against(result: CaseResult, partner: CaseResult, options: SessionOptions) -> Graded:
+def judge_against(
+    result: CaseResult,
+    partner: CaseResult,
+    options: SessionOptions,
+    *,
+    deciding: frozenset[str] = CONVERGENCE_GATES,
+) -> Graded:
     """Judge the loss of one result with the other as its reference; the report then draws both.
 
-    Speed and memory are not compared: they are what two engines differ in.
+    Speed and memory are not compared: they are what two engines differ in. Of the gates on the loss, those that are
+    not `deciding` are shown and do not block.
 
     Raises:
         RunError: one of the two never trained.
@@ -77,8 +88,12 @@ def judge_against(result: CaseResult, partner: CaseResult, options: SessionOptio
         hardware=result.case.hardware,
         window=options.window,
     )
-    gates = tuple(gate for gate in judged.gates if gate.gate not in ("throughput", "memory"))
-    compared = [gate for gate in gates if gate.gate in CONVERGENCE_GATES and gate.status != "not_run"]
+    gates = tuple(
+        replace(gate, blocks=False) if gate.gate in CONVERGENCE_GATES - deciding else gate
+        for gate in judged.gates
+        if gate.gate not in ("throughput", "memory")
+    )
+    compared = [gate for gate in gates if gate.gate in deciding and gate.status != "not_run"]
     verdict = Verdict(
         name=verdict_of_gates(gates) if compared else "INCONCLUSIVE",
         gates=gates,

@@ -103,6 +103,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--plan", action="store_true", help="print cases, commands, device-hours and disk, then stop"
     )
     group.addoption("--time-budget", type=float, metavar="SECONDS", help="stop a launch that takes longer")
+    group.addoption(
+        "--sentinel",
+        type=_seconds,
+        metavar="SECONDS",
+        help="measure the machine this long before and after each run (default: 10 on accelerators; 0: never)",
+    )
     group.addoption("--jobs", type=int, default=1, metavar="N", help="CPU cases that train side by side")
     group.addoption(
         "--run-root", type=Path, metavar="DIR", help="folder of the run directories (default: runs/<time>)"
@@ -113,6 +119,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--site", type=Path, metavar="FILE", help="site file (default: $QWEN_HARNESS_SITE, site.toml)"
     )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"not a number of seconds: {text}")
+    return value
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -385,6 +398,7 @@ def _open_state(config: pytest.Config) -> State:
         gate_mode=option.gate,
         window=_window(option.window),
         time_budget_s=option.time_budget,
+        sentinel_s=option.sentinel,
         from_logs=option.from_logs,
     )
     return State(

@@ -112,6 +112,7 @@ class ThroughputPolicy(ThroughputLimits):
     min_iterations: int = Field(ge=2)
     default_run_sd: float = Field(gt=0, lt=1)
     mde_alpha: float = Field(gt=0, lt=0.5)
+    scaling_floor: float = Field(gt=0, le=1)
     by_hardware: dict[str, ThroughputLimits] = {}
 
     def limits(self, hardware: str | None) -> ThroughputLimits:
@@ -136,6 +137,14 @@ class PlausibilityPolicy(BaseModel):
     max_time_ratio: float = Field(gt=1)
     max_time_ratio_cpu: float = Field(gt=1)
     rounding: float = Field(gt=0, lt=0.1)
+
+
+class MachinePolicy(BaseModel):
+    """When a machine is at fault."""
+
+    model_config = STRICT
+    max_throttled_share: float = Field(ge=0, lt=1)
+    sentinel_margin: float = Field(gt=0, lt=1)
 
 
 class BaselinePolicy(BaseModel):
@@ -167,6 +176,7 @@ class Policy(BaseModel):
     throughput: ThroughputPolicy
     memory: MemoryPolicy
     plausibility: PlausibilityPolicy
+    machine: MachinePolicy
     baseline: BaselinePolicy
 
     @model_validator(mode="after")

@@ -23,12 +23,14 @@ from harness.baselines import (
 )
 from harness.baselines.store import write_baseline
 from harness.cases import Case
+from harness.gates.machine import RATES, baseline_rate
 from harness.grading import GateMode, grade
 from harness.hardware import REPOSITORY
-from harness.launch import LaunchResult, Watch, launch_case
+from harness.launch import LaunchResult, Watch, launch_case, require_new
 from harness.policy import Policy, load_policy
 from harness.records import RunRecord, load_record
 from harness.report.collect import GRADING_FILE, VERDICT_FILE, read_json
+from harness.sentinel import measure_machine, sentinel_seconds
 from harness.verdict import Verdict, verdict_of_gates
 from models.contract.cluster import ONE_NODE, Cluster
 from models.contract.errors import RunError
@@ -54,6 +56,8 @@ class SessionOptions:
     window: tuple[int, int] | None = None
     """Iterations of the end-window test; None takes the policy's."""
     time_budget_s: float | None = None
+    sentinel_s: float | None = None
+    """Seconds of each measurement of the machine; 0 is none; None measures accelerators."""
     cluster: Cluster = ONE_NODE
     """The nodes of every launch, seen from this one."""
     from_logs: Path | None = None
@@ -119,10 +123,15 @@ def run_case(
     ensure_inputs(case, options.site)
     run_dir = run_directory(case, options, number)
     watch = watch or Watch(time_budget_s=options.time_budget_s)
+    require_new(run_dir, options.cluster)
+    seconds = sentinel_seconds(case, options.sentinel_s)
+    measure_machine(case, run_dir, "before", seconds=seconds, cluster=options.cluster)
     launched = launch_case(
         case, run_dir, site_file=options.site_file, num_threads=_threads(case), watch=watch,
         cluster=options.cluster,
     )  # fmt: skip
+    if launched.completed:
+        measure_machine(case, run_dir, "after", seconds=seconds, cluster=options.cluster)
     if options.cluster.node_rank > 0:  # the first node judges
         name = "PASS" if launched.completed else "INVALID"
         return CaseResult(
@@ -282,6 +291,7 @@ def _baseline_summary(baseline: Baseline) -> dict[str, Any]:
         "key": baseline.key.model_dump(mode="json"),
         "num_runs": len(baseline.runs),
         "created_at": baseline.created_at,
+        "machine": {key: rate for key in RATES if (rate := baseline_rate(baseline, key)) is not None},
         "environment": baseline.environment,
     }
 

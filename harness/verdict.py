@@ -63,7 +63,7 @@ class GateResult:
     """
 
     gate: str
-    """C0 … C6, literal, throughput, memory, plausibility, environment."""
+    """C0 … C6, literal, throughput, memory, plausibility, environment, machine."""
     status: GateStatus
     blocks: bool
     """Whether a status other than pass and warn decides the verdict."""

@@ -52,6 +52,8 @@ class BaselineRun(BaseModel):
     world_size: int | None = None
     device_name: str = ""
     environment: dict[str, Any] = {}
+    machine: dict[str, float] = {}
+    """What its sentinel measured (harness.records.machine)."""
     iterations: tuple[int, ...]
     columns: dict[str, tuple[float | None, ...]]
     """By column of the series; null where a step has no value."""
@@ -203,6 +205,7 @@ def _run_of_record(record: RunRecord) -> BaselineRun:
         world_size=record.world_size,
         device_name=device_name(record),
         environment=info.environment if info else {},
+        machine=record.machine.rates(),
         iterations=tuple(int(value) for value in record.series.index),
         columns=columns,
         sample_digests=tuple(record.series["sample_digest"]) if has_digests else (),

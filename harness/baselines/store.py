@@ -23,7 +23,7 @@ from models.contract.errors import BaselineError
 MatchLevel = Literal["exact", "stack_drift", "other_seed", "other_hardware", "published", "none"]
 CANDIDATES, RETIRED = "candidates", "retired"
 NOT_IN_FORCE = frozenset({CANDIDATES, RETIRED})
-STACK_KEYS = ("python", "driver", "cuda", "cudnn")
+STACK_KEYS = ("python", "driver", "cuda", "cudnn", "kernels")
 STACK_PREFIX = "packages."
 _SIGNATURE_TOLERANCE = 2e-3
 

@@ -19,6 +19,7 @@ from harness.baselines.store import (
     load_baseline,
     write_baseline,
 )
+from harness.gates.machine import machine
 from harness.gates.plausibility import plausibility
 from harness.gates.sanity import sanity
 from harness.grading import grade
@@ -151,8 +152,13 @@ def _refusals(records: list[RunRecord], policy: Policy) -> list[str]:
         if record.info is None:
             found.append(f"{record.source}: not a run directory of ours")
             continue
-        for gate in (sanity(record, policy), plausibility(record, policy, hardware=hardware_of(record))):
-            if gate.status == "invalid":
+        hardware = hardware_of(record)
+        for gate in (
+            sanity(record, policy),
+            plausibility(record, policy, hardware=hardware),
+            machine(record, None, policy, hardware=hardware),
+        ):
+            if gate is not None and gate.status == "invalid":
                 found.append(f"{record.source}: {gate.summary}")
         if record.info.environment.get("dirty") is not False or not record.info.environment.get("commit"):
             found.append(f"{record.source}: not from a clean, committed tree")

@@ -95,6 +95,14 @@ def run(
     time_budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Stop a launch that takes longer.")
     ] = None,
+    sentinel: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="SECONDS",
+            help="Measure the machine this long before and after each run (default: 10 on accelerators; 0: never).",
+        ),
+    ] = None,
     run_root: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the runs (default: runs/TIME).")
     ] = None,
@@ -130,7 +138,8 @@ def run(
     names = tuple(filter(None, (name.strip() for name in hosts.split(","))))
     options = machine.session_options(
         run_root=run_root, site_file=site, baseline_dir=baseline_dir, gate_mode=gate, window=window,
-        time_budget_s=time_budget, cluster=read_cluster(scheduler, os.environ, hosts=names, this_host=this_host),
+        time_budget_s=time_budget, sentinel_s=sentinel,
+        cluster=read_cluster(scheduler, os.environ, hosts=names, this_host=this_host),
     )  # fmt: skip
     raise typer.Exit(machine.run(cases or [], hw, options, jobs=jobs, report_dir=output))
 

@@ -2,10 +2,11 @@
 """Verbs about this machine and its cases: doctor, plan, run."""
 
 import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ import typer
 
 from harness.cases import SUITES, Case, cases_of_recipe, discover
 from harness.devices import hardware_class
-from harness.hardware import check_claim, environment_fingerprint, probe_host
+from harness.hardware import Probe, check_claim, environment_fingerprint, probe_host
+from harness.nvml import opened_devices
 from models.contract.cluster import ONE_NODE, Cluster, processes_per_node
 from models.contract.errors import ConfigError
 from models.contract.site import load_site
@@ -30,6 +32,7 @@ def session_options(
     window: str | None = None,
     policy_file: Path | None = None,
     time_budget_s: float | None = None,
+    sentinel_s: float | None = None,
     cluster: Cluster = ONE_NODE,
 ) -> Any:
     """Options of a session from what the command line said.
@@ -55,6 +58,7 @@ def session_options(
         gate_mode=gate_mode,
         window=parse_window(window) if window is not None else None,
         time_budget_s=time_budget_s,
+        sentinel_s=sentinel_s,
         cluster=cluster,
     )
 
@@ -248,6 +252,7 @@ def doctor(site_file: Path | None, *, as_json: bool) -> int:
         problems.append(
             f"'{probe.device_name}' is no class of harness/devices.py: no markers, no utilisation"
         )
+    remarks = list(_remarks(probe, fingerprint))
     folders = {name: _folder(Path(getattr(site, name))) for name in ("checkpoints", "datasets", "scratch")}
     if as_json:
         data = {
@@ -255,14 +260,32 @@ def doctor(site_file: Path | None, *, as_json: bool) -> int:
             "fingerprint": fingerprint,
             "folders": folders,
             "problems": problems,
+            "remarks": remarks,
         }
         typer.echo(json.dumps(data, indent=1))
         return 1 if problems else 0
     rows = {"host": probe.describe(), "class": probe.hardware or "unknown", **fingerprint, **folders}
     width = max(map(len, rows))
     typer.echo("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items() if value))
+    typer.echo("".join(f"remark: {text}\n" for text in remarks), nl=False)
     typer.echo("\n".join(f"problem: {text}" for text in problems) or "no problem found")
     return 1 if problems else 0
+
+
+def _remarks(probe: Probe, fingerprint: dict[str, str]) -> Iterator[str]:
+    """What does not keep training from starting, and makes it slow or its times worthless."""
+    if probe.kind != "cuda":
+        return
+    if "package.transformer-engine" not in fingerprint:
+        yield "transformer-engine is not installed: torch's kernels take over, slower (pip install -e '.[gpu]')"
+    with opened_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), probe.device_count) as devices:
+        for facts in (device.facts() for device in devices):
+            where = f"device {facts['index']}"
+            if facts["processes_before"]:
+                yield f"{where} is in use by {facts['processes_before']} process(es): times would be INVALID"
+            limit, default = facts["power_limit_w"], facts["default_power_limit_w"]
+            if limit and default and limit < default:
+                yield f"{where} is limited to {limit:.0f} of {default:.0f} W"
 
 
 def _folder(path: Path) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
+from harness.records.machine import MachineFacts
 from models.contract.record import RunInfo, StepMetrics
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class RunRecord:
     """Iterations between two rows of the source."""
     notes: tuple[str, ...] = ()
     """What a reader should know and what is not wrong."""
+    machine: MachineFacts = field(default_factory=MachineFacts)
+    """What the launcher saw of the devices; empty for a foreign log."""
     declared: dict[str, Any] = field(default_factory=dict)
     """Facts a foreign source states about the whole run: world_size, seq_length."""
 

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
+from harness.records.machine import read_machine
 from harness.records.record import (
     COLUMNS,
     MAX_ITERATION,
@@ -48,6 +49,7 @@ def read_run_directory(path: Path) -> RunRecord:
         framework="qwen_harness",
         problems=brief(problems + rows.order_problems()),
         known=rows.known(),
+        machine=read_machine(path),
         planned_iterations=planned if _is_iteration(planned) else None,
     )
 

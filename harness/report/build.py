@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from harness.policy import load_policy
 from harness.report.collect import Collection, Entry, collect
 from harness.report.detection import detection_view, is_good
 from harness.report.numbers import CONTROL_RATIO, end_loss, values
@@ -32,6 +33,7 @@ from harness.report.view import (
     layout_text,
     smooth,
 )
+from harness.scaling import Scaling, scalings
 from harness.verdict import VerdictName, worst
 from models.contract.record import to_json_number
 
@@ -39,7 +41,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 HTML_FILES: dict[Language, str] = {"en": "report.html", "zh": "report.zh-CN.html"}
 MARKDOWN_FILES: dict[Language, str] = {"en": "report.md", "zh": "report.zh-CN.md"}
 JSON_FILE = "report.json"
-_SPEED_COLUMNS = ("step_time", "padded", "real", "megatron_tflops", "model_tflops", "mfu")
+_SPEED_COLUMNS = ("step_time", "padded", "real", "megatron_tflops", "model_tflops", "mfu", "ceiling_share")
 _TONE_OF_OUTCOME = {"passed": "good", "failed": "bad", "killed": "bad", "skipped": "warn"}
 
 
@@ -84,6 +86,7 @@ def report_view(found: Collection, language: Language, *, title: str | None, cre
         "controls": list(_controls(found.entries, t)),
         "speed_columns": [t[name] for name in _SPEED_COLUMNS],
         "speed_rows": [row for entry in found.entries if (row := _speed_row(entry))],
+        "scalings": list(_scalings(found.entries)),
         "conversions": found.conversions,
         "parity": parity_view(found.parity, t),
         "samples": [_sample(sample) for sample in found.samples],
@@ -137,6 +140,7 @@ def report_data(found: Collection, created: datetime) -> dict[str, Any]:
             "cases": [_entry_data(entry) for entry in found.entries],
             "controls": [{key: row[key] for key in ("name", "loss", "control", "ratio")}
                          for row in _controls(found.entries, words)],
+            "scalings": [asdict(scaling) for scaling in _compared(found.entries)],
             "conversions": [{key: row[key] for key in row if key != "tensors"} for row in found.conversions],
             "parity": list(found.parity),
             "samples": [{key: value for key, value in row.items() if key != "folder"} for row in found.samples],
@@ -186,11 +190,29 @@ def _speed_row(entry: Entry) -> Row | None:
         (speed.step_time_ms, "{:,.0f} ms"), (speed.padded_tokens_per_second, "{:,.0f}"),
         (speed.real_tokens_per_second, "{:,.0f}"), (speed.megatron_tflops, "{:,.4g}"),
         (speed.model_tflops, "{:,.4g}"), (speed.mfu, "{:.1%}"),
+        (speed.ceiling_share, "{:.1%}"),
     )  # fmt: skip
     return {
         "name": entry.name, "anchor": anchor(entry), "layout": layout_text(entry),
         "cells": ["–" if value is None else form.format(value) for value, form in values],
     }  # fmt: skip
+
+
+def _compared(entries: Iterable[Entry]) -> list[Scaling]:
+    """The same work a device on more than one number of devices."""
+    return [found for found in scalings(entry.record for entry in entries) if len(found.rows) > 1]
+
+
+def _scalings(entries: Iterable[Entry]) -> Iterable[Row]:
+    floor = load_policy().throughput.scaling_floor
+    for scaling in _compared(entries):
+        for name, row in zip(scaling.names, scaling.rows, strict=True):
+            real = row.real_tokens_per_second
+            yield {
+                "name": name, "device": scaling.device_name, "world_size": row.world_size, "num_runs": row.num_runs,
+                "padded": f"{row.padded_tokens_per_second:,.0f}", "real": "–" if real is None else f"{real:,.0f}",
+                "efficiency": f"{row.efficiency:.1%}", "tone": "good" if row.efficiency >= floor else "bad",
+            }  # fmt: skip
 
 
 def _entry_data(entry: Entry) -> dict[str, Any]:

@@ -10,8 +10,8 @@ Words = dict[str, str]
 Row = dict[str, Any]
 DETECTION_SCHEMA_VERSION = 2
 GATE_ORDER = (
-    "C0", "plausibility", "environment", "baseline", "C1", "C2", "C3", "C4", "C5", "C6", "literal", "throughput",
-    "memory", "inference_improvement", "inference_blank",
+    "C0", "plausibility", "environment", "machine", "baseline", "C1", "C2", "C3", "C4", "C5", "C6", "literal",
+    "throughput", "memory", "inference_improvement", "inference_blank",
 )  # fmt: skip
 _MARKS = {"fail": "●", "invalid": "●", "inconclusive": "◐", "warn": "◐", "pass": "·", "not_run": ""}
 _TONES = {"fail": "bad", "invalid": "bad", "inconclusive": "warn", "warn": "warn"}

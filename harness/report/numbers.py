@@ -47,6 +47,8 @@ class Throughput:
     """`model_real`: real tokens, vision and audio towers included, no recompute."""
     mfu: float | None = None
     """model_tflops over the dense bf16 peak of the hardware class."""
+    ceiling_share: float | None = None
+    """model_tflops over the matrix product that was measured beside the run."""
     peak_memory_gib: float | None = None
 
 
@@ -70,8 +72,10 @@ def values(series: pd.DataFrame, column: str) -> np.ndarray:
     return series[column].to_numpy(dtype=float)
 
 
-def throughput(series: pd.DataFrame, *, world_size: int, hardware: str | None) -> Throughput | None:
-    """Rates of one run; None when the record has no step times."""
+def throughput(
+    series: pd.DataFrame, *, world_size: int, hardware: str | None, ceiling_tflops: float | None = None
+) -> Throughput | None:
+    """Rates of one run; None when the record has no step times. `ceiling_tflops` is a device's measured one."""
     if series.empty or not np.isfinite(values(series, "step_time_ms")).any():
         return None
     steady, discarded = steady_part(series)
@@ -114,6 +118,7 @@ def throughput(series: pd.DataFrame, *, world_size: int, hardware: str | None) -
         megatron_tflops=tflops("megatron_flops"),
         model_tflops=model_tflops,
         mfu=model_tflops / peak if model_tflops and peak else None,
+        ceiling_share=model_tflops / ceiling_tflops if model_tflops and ceiling_tflops else None,
         peak_memory_gib=float(np.nanmax(values(steady, "peak_memory_bytes"))) / 2**30 if memory else None,
     )
 

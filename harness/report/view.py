@@ -12,6 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from harness.report.collect import Entry
+from harness.report.machine import machine_view
 from harness.report.numbers import Throughput, end_loss, steady_part, throughput, values
 from harness.report.plots import Band, Level, Line, Shade, effect_bar, histogram, line_chart
 from harness.verdict import GateResult
@@ -55,6 +56,7 @@ def entry_view(entry: Entry, t: Words) -> Row:
         "loss_charts": _loss_charts(entry, t),
         "speed_charts": _speed_charts(entry, t, speed) if speed else [],
         "speed": list(_speed_rows(speed, t)) if speed else [],
+        "machine": machine_view(entry, t),
         "environment": environment_differences(entry),
         "environment_note": t["environment_same"] if entry.grading.get("baseline") else t["environment_none"],
         "run_command": shlex.join(info.command) if info else "–",
@@ -73,7 +75,12 @@ def anchor(entry: Entry) -> str:
 def entry_throughput(entry: Entry) -> Throughput | None:
     """Rates of the run; None without step times."""
     info = entry.record.info
-    return throughput(entry.record.series, world_size=info.world_size if info else 1, hardware=entry.hardware)
+    return throughput(
+        entry.record.series,
+        world_size=info.world_size if info else 1,
+        hardware=entry.hardware,
+        ceiling_tflops=entry.record.machine.ceiling_tflops,
+    )
 
 
 def decided_by(gates: tuple[GateResult, ...]) -> str:
@@ -146,6 +153,8 @@ def _facts(entry: Entry, t: Words) -> Iterator[tuple[str, str]]:
     if device:
         yield t["model"], f"{info.family} · {_parameters(info.num_parameters.get('total', 0))}"
         yield t["host"], str(device)
+    if info.environment.get("kernels"):
+        yield t["kernels"], str(info.environment["kernels"])
     counts = info.sample_counts
     skipped = counts.get("skipped", 0)
     yield (
@@ -288,6 +297,7 @@ def _speed_rows(speed: Throughput, t: Words) -> Iterator[tuple[str, str, str]]:
         ("megatron_tflops", speed.megatron_tflops, "{:,.4g}"),
         ("model_tflops", speed.model_tflops, "{:,.4g}"),
         ("mfu", speed.mfu, "{:.1%}"),
+        ("ceiling_share", speed.ceiling_share, "{:.1%}"),
         ("peak_memory", speed.peak_memory_gib, "{:,.2f} GiB"),
     )
     for key, value, form in rows:

@@ -73,11 +73,16 @@ PUBLISHED = Path(__file__).parent / "published"
 """One small ``config.json`` for each published size, for random-weight runs and for planning."""
 
 
+def published_names() -> list[str]:
+    """Every published size, such as ``qwen3_vl_30b_a3b``."""
+    return sorted(path.stem for path in PUBLISHED.glob("*.json"))
+
+
 def published_config(name: str) -> dict[str, Any]:
     """HF config of a published size, such as ``qwen3_vl_30b_a3b``. Raises ConfigError with the known names."""
     file = PUBLISHED / f"{name}.json"
     if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in PUBLISHED.glob("*.json")))
+        known = ", ".join(published_names())
         raise ConfigError("unknown published size", expected=f"one of {known}", got=name)
     return json.loads(file.read_text(encoding="utf-8"))
 

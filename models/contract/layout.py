@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from models.contract.architecture import Architecture, TextArchitecture
 from models.contract.errors import ConfigError
+from models.contract.fixed_shapes import check_fixed_images
 from models.contract.layout_problem import LayoutProblem
 from models.contract.recipe import Recipe
 from models.contract.run_rules import check_run
@@ -28,6 +29,7 @@ def check_layout(
         *_pipeline(architecture, recipe),
         *_virtual_pipeline(architecture, recipe),
         *_sequence(recipe),
+        *check_fixed_images(architecture.vision, recipe),
         *_experts(architecture, recipe),
         *_fp8(architecture, recipe),
         *_other(architecture, recipe),
@@ -182,6 +184,13 @@ def _sequence(recipe: Recipe) -> Iterator[LayoutProblem]:
             rule="seq_length must be a multiple of what sequence and context parallelism cut it into",
             where="data.seq_length", got=f"{recipe.data.seq_length}, pieces {multiple}",
             fix=f"use {-(-recipe.data.seq_length // multiple) * multiple}",
+        )  # fmt: skip
+    shapes, cp = recipe.data.fixed_shapes, recipe.parallel.context_parallel_size
+    if shapes is not None and cp > 1 and recipe.data.seq_length % (2 * cp * shapes.samples):
+        yield LayoutProblem(
+            rule="context parallelism cuts every sample into two pieces a rank", where="data.fixed_shapes.samples",
+            got=f"{shapes.samples} samples in {recipe.data.seq_length} tokens, {2 * cp} pieces",
+            fix="change samples or seq_length so that they divide",
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ square of scores. Fragmentation and communication buffers are one allowance.
 from dataclasses import dataclass
 
 from models.contract.architecture import Architecture, TextArchitecture, VisionArchitecture
+from models.contract.fixed_shapes import merged_tokens
 from models.contract.recipe import Recipe
 
 GIB = 1024**3
@@ -156,10 +157,13 @@ def _activations(recipe: Recipe, architecture: Architecture) -> float:
 
 
 def _vision_activations(recipe: Recipe, vision: VisionArchitecture) -> float:
-    """Of the pictures of one micro-batch, at most half of its positions."""
+    """Of the pictures of one micro-batch: those that a recipe states, or else at most half of its positions."""
     if "vision" in recipe.model.freeze:
         return 0.0
     tokens = min(recipe.data.seq_length / 2, VISION_TOKENS_PER_ROW)
+    if recipe.data.fixed_shapes is not None:
+        shapes = recipe.data.fixed_shapes
+        tokens = shapes.images * merged_tokens(vision, shapes.image_size)
     patches = recipe.train.micro_batch_size * tokens * vision.spatial_merge_size**2
     if recipe.data.max_pixels is not None:
         patches = min(patches, recipe.train.micro_batch_size * recipe.data.max_pixels / vision.patch_size**2)

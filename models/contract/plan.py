@@ -130,7 +130,7 @@ def require_fit(plan: TrainingPlan, recipe: Recipe) -> None:
         raise ConfigError(
             "the run does not fit into device memory", where=f"recipe {recipe.name}",
             expected=f"at most {plan.available_bytes / GIB:.0f} GiB a device",
-            got=f"{plan.memory.total / GIB:.1f} GiB", fix=plan.suggestion or "",
+            got=f"{plan.memory.total / GIB:.1f} GiB by the plan", fix=plan.suggestion or "",
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,6 +18,8 @@ from models.contract.architecture import Family
 from models.contract.errors import ConfigError
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+FIXED_SHAPES = "fixed-shapes"
+"""What `data.dataset` says where no dataset is read, see :class:`FixedShapes`."""
 
 
 class ModelSection(BaseModel):
@@ -35,12 +37,24 @@ class ModelSection(BaseModel):
     freeze: tuple[Literal["language", "vision", "projector", "audio"], ...] = ()
 
 
+class FixedShapes(BaseModel):
+    """Rows of one stated shape and random content instead of a dataset: for timing, where every step must be alike."""
+
+    model_config = STRICT
+    samples: int = Field(ge=1)
+    """Samples of a row, all equally long; more than one make a pack and need `packing`."""
+    images: int = Field(ge=0)
+    """Images of a row, shared evenly over its samples."""
+    image_size: int = Field(default=448, ge=1)
+    """Side of every image in pixels; they are square."""
+
+
 class DataSection(BaseModel):
     """Which samples, and how they become sequences."""
 
     model_config = STRICT
     dataset: str
-    """Name (looked up in the site) or path of a prepared energon dataset."""
+    """Name (looked up in the site) or path of a prepared energon dataset; `fixed-shapes` with that table."""
     eval_dataset: str | None = None
     """Held-out dataset; None means the `val` split of `dataset`."""
     seq_length: int = Field(ge=16)
@@ -59,6 +73,8 @@ class DataSection(BaseModel):
     shuffle_buffer_size: int = Field(default=100, ge=1)
     max_skipped_fraction: float = Field(default=0.05, ge=0.0, le=1.0)
     """Stop the run when a larger share of samples had to be skipped."""
+    fixed_shapes: FixedShapes | None = None
+    """Train on rows of this shape and read no dataset."""
 
 
 class TrainSection(BaseModel):
@@ -200,12 +216,17 @@ class Recipe(BaseModel):
         return self.optimizer.lr_decay_iters or self.train.train_iters
 
     def what_changes_numbers(self) -> dict[str, Any]:
-        """Plain data without name, description, notes, the hardware list, logging and what is kept on disk."""
+        """Plain data without name, description, notes, the hardware list, logging and what is kept on disk.
+
+        A table that a recipe leaves out is left out here too: recipes keep the hash they had before there was one.
+        """
         data = self.model_dump(
             mode="json", exclude={"name", "description", "notes", "hardware", "checkpoint"}
         )
         for key in ("log_interval", "manual_gc_interval"):
             data["train"].pop(key)
+        if self.data.fixed_shapes is None:
+            data["data"].pop("fixed_shapes")
         return data
 
     def sha(self) -> str:
@@ -298,5 +319,7 @@ def _describe(problem: Any) -> str:
 def _known_keys(parents: list[str]) -> list[str]:
     model: Any = Recipe
     for part in parents:
-        model = model.model_fields[part].annotation
+        annotation = model.model_fields[part].annotation
+        kinds = (annotation, *get_args(annotation))  # a table that may be left out is `Table | None`
+        model = next(kind for kind in kinds if hasattr(kind, "model_fields"))
     return list(model.model_fields)

@@ -6,6 +6,7 @@ The programs that run a recipe check them again where they act on them; here the
 
 from collections.abc import Iterator
 
+from models.contract.fixed_shapes import check_fixed_shapes
 from models.contract.layout_problem import LayoutProblem
 from models.contract.recipe import Recipe
 
@@ -17,7 +18,9 @@ def check_run(recipe: Recipe, *, hardware: str | None = None) -> list[LayoutProb
         recipe: What would run.
         hardware: Hardware class it would run on; None leaves the rules about devices out.
     """
-    problems = [*_batches(recipe), *_evaluation(recipe), *_optimizer(recipe), *_fsdp2(recipe)]
+    problems = [
+        *_batches(recipe), *check_fixed_shapes(recipe), *_evaluation(recipe), *_optimizer(recipe), *_fsdp2(recipe)
+    ]  # fmt: skip
     return [*problems, *_cpu(recipe)] if hardware == "cpu" else problems
 
 

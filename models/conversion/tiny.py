@@ -38,6 +38,7 @@ def write_tiny_checkpoint(
     dtype: torch.dtype = torch.float32,
     num_shards: int = 2,
     config: dict[str, Any] | None = None,
+    has_weights: bool = True,
 ) -> Path:
     """Write a checkpoint folder in the hub's names and layouts.
 
@@ -52,6 +53,7 @@ def write_tiny_checkpoint(
         dtype: Number format of the weights; the config's `torch_dtype` says the same.
         num_shards: Safetensors files.
         config: A changed ``config.json`` to use instead of :func:`tiny_config`.
+        has_weights: Without them the folder is small at any size; recipes with ``init = "random"`` need no more.
 
     Returns: `folder`.
 
@@ -70,9 +72,10 @@ def write_tiny_checkpoint(
     stored = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
     (partial / "config.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
     write_processor_files(partial, family)
-    architecture = family_part(family, "config").ModelConfig.from_hf(config)
-    shapes = checkpoint_shapes(architecture) | untouched_shapes(config)
-    write_shards(partial, shapes, filler(init, seed, dtype, architecture.text.num_layers), num_shards)
+    if has_weights:
+        architecture = family_part(family, "config").ModelConfig.from_hf(config)
+        shapes = checkpoint_shapes(architecture) | untouched_shapes(config)
+        write_shards(partial, shapes, filler(init, seed, dtype, architecture.text.num_layers), num_shards)
     partial.rename(folder)
     return folder
 

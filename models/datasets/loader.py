@@ -21,11 +21,12 @@ from models.common.batch import Batch
 from models.common.sequences import EncodedSample
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError, DataError
-from models.contract.recipe import Recipe
+from models.contract.recipe import FIXED_SHAPES, Recipe
 from models.contract.site import Site
 from models.datasets.collate import Collate, make_collate
 from models.datasets.encoder import Rejection, make_encoder
 from models.datasets.energon import open_dataset, worker_config
+from models.datasets.fixed_shapes import FixedRows, row_shape
 from models.datasets.ledger import SkipLedger
 from models.datasets.packing import Pack
 from models.datasets.shards import dataset_counts
@@ -42,8 +43,8 @@ class BatchLoader:
 
     def __init__(
         self,
-        source: Streams | FixedOrder,
-        collate: Collate,
+        source: Streams | FixedOrder | FixedRows,
+        collate: Collate | None,
         *,
         samples_per_batch: int,
         ledger: SkipLedger,
@@ -62,6 +63,9 @@ class BatchLoader:
             if isinstance(outcome, Rejection):
                 self._ledger.reject(outcome)
                 continue
+            if isinstance(outcome, Batch):
+                self._ledger.accept(len(outcome.sample_keys))
+                return outcome
             if isinstance(outcome, Pack):
                 self._ledger.accept(outcome.num_samples)
                 for rejection in outcome.rejections:
@@ -71,6 +75,7 @@ class BatchLoader:
                 continue
             self._ledger.accept()
             samples.append(outcome)
+        assert self._collate is not None  # only a source of whole batches goes without
         return self._collate(samples)
 
     def close(self) -> None:
@@ -129,14 +134,17 @@ def build_loader(
 ) -> BatchLoader:
     """Loader of one data-parallel rank.
 
-    `train` never ends and can be saved. `val` is the held-out set in its fixed order: one pass, whose first samples
-    are the same for every number of ranks; a last batch that is not full is left out, and so is packing.
+    `train` never ends and can be saved; where the recipe states the shape of its rows it reads nothing. `val` is the
+    held-out set in its fixed order: one pass, whose first samples are the same for every number of ranks; a last batch
+    that is not full is left out, and so is packing.
 
     Raises:
         DataError: the dataset is missing, not indexed, lacks the split, or is too small for the ranks.
         ConfigError: settings that contradict each other, or a checkpoint without a usable processor.
     """
     data = recipe.data
+    if data.fixed_shapes is not None:
+        return _fixed_shapes_loader(recipe, architecture, split, data_parallel_rank, data_parallel_size)
     name, part = data.dataset, split
     if split == "val" and data.eval_dataset is not None:
         name, part = data.eval_dataset, "val"
@@ -168,5 +176,28 @@ def build_loader(
         make_collate(recipe, encoder, packing=False),
         samples_per_batch=recipe.train.micro_batch_size,
         ledger=ledger,
+        layout=layout,
+    )
+
+
+def _fixed_shapes_loader(
+    recipe: Recipe, architecture: Architecture, split: str, rank: int, size: int
+) -> BatchLoader:
+    """Rows of the shape that the recipe states; neither site nor checkpoint folder is looked at."""
+    if split != "train":
+        raise ConfigError(
+            "rows of a stated shape have no held-out part", where="[data.fixed_shapes]", expected="split train",
+            got=split, fix="leave evaluation out",
+        )  # fmt: skip
+    shape, seed = row_shape(recipe.data), recipe.train.seed
+    layout = {
+        "dataset": f"{FIXED_SHAPES}: {shape}", "split": split, "seed": seed, "data_parallel_rank": rank,
+        "data_parallel_size": size, "num_workers": 0, "packing": recipe.data.packing, "micro_batch_size": 1,
+    }  # fmt: skip
+    return BatchLoader(
+        FixedRows(architecture, shape, seed=seed, rank=rank, size=size),
+        None,
+        samples_per_batch=1,
+        ledger=SkipLedger(FIXED_SHAPES, 1, recipe.data.max_skipped_fraction),
         layout=layout,
     )

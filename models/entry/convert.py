@@ -324,16 +324,29 @@ def tiny(
     ] = ("training"),
     seed: Annotated[int, typer.Option(help="seed of training and random weights")] = 0,
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="number format")] = "fp32",
+    no_weights: Annotated[
+        bool, typer.Option("--no-weights", help="leave them out: for recipes that draw their own")
+    ] = False,
 ) -> None:
     """Write a tiny, complete HF checkpoint: weights in shards, tokenizer, template, processors.
 
     Example: convert tiny checkpoints/tiny-qwen3-vl --family qwen3_vl
     Example: convert tiny checkpoints/sized-2b --family qwen3_vl --size qwen3_vl_2b --dtype bf16
+    Example: convert tiny checkpoints/config-8b --family qwen3_vl --size qwen3_vl_8b --no-weights
     """
     format_ = DTYPES[dtype]
     assert format_ is not None
     config = None if size is None else sized_config(size)
-    write_tiny_checkpoint(target, family, seed=seed, moe=moe, init=init, dtype=format_, config=config)
+    write_tiny_checkpoint(
+        target,
+        family,
+        seed=seed,
+        moe=moe,
+        init=init,
+        dtype=format_,
+        config=config,
+        has_weights=not no_weights,
+    )
     typer.echo(f"wrote {target}")
 
 

@@ -43,6 +43,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trace", type=_iteration, metavar="ITERATION", help="record this iteration's tensors, for `diverge`"
     )
+    parser.add_argument(
+        "--no-memory-check", action="store_true", help="try even what does not fit the device by the plan"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files")
     return parser.parse_args(arguments)
 
@@ -84,6 +87,7 @@ def main() -> int:
             stop_after=arguments.stop_after,
             step_timeout_s=arguments.step_timeout,
             peer_timeout_s=arguments.peer_timeout,
+            checks_memory=not arguments.no_memory_check,
             tensorboard=arguments.tensorboard,
             trace=arguments.trace,
         )

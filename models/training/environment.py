@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run ran on: versions, commit, device, and whatever else could explain a different number."""
 
+import logging
 import os
 import platform
 import subprocess
@@ -11,7 +12,11 @@ from typing import Any
 import psutil
 import torch
 
+from models.common.settings import resolve_attention_backend
+from models.contract.recipe import Recipe
 from models.contract.site import REPOSITORY
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = (
     "torch", "torchvision", "megatron-core", "transformer-engine", "transformers", "megatron-energon",
@@ -24,8 +29,8 @@ VARIABLES = (
 )  # fmt: skip
 
 
-def describe_environment(device: torch.device, patches: tuple[str, ...]) -> dict[str, Any]:
-    """Fingerprint of software: versions, commit, driver, determinism variables, patches in force."""
+def describe_environment(recipe: Recipe, device: torch.device, patches: tuple[str, ...]) -> dict[str, Any]:
+    """Fingerprint of software: versions, commit, kernels, determinism variables, patches in force."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -37,7 +42,21 @@ def describe_environment(device: torch.device, patches: tuple[str, ...]) -> dict
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "patches": list(patches),
+        "kernels": describe_kernels(recipe, device),
     }
+
+
+def describe_kernels(recipe: Recipe, device: torch.device) -> str:
+    """Whose kernels the layers run on, and why where a GPU has better ones."""
+    if recipe.train.engine != "megatron":
+        return "transformers"
+    backend = resolve_attention_backend(recipe.model.attention_backend, device.type)
+    if backend == "te":
+        return "transformer_engine"
+    if device.type == "cuda" and recipe.model.attention_backend == "auto":
+        logger.warning("TransformerEngine is not installed: torch's kernels take over, slower")
+        return "torch, as transformer_engine is not installed"
+    return "torch"
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
@@ -56,8 +75,13 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
     return facts | {
         "device_name": backend.get_device_name(device),
         "device_count": backend.device_count(),
-        "memory_bytes": backend.get_device_properties(device).total_memory,
+        "memory_bytes": device_memory_bytes(device),
     }
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """All memory of an accelerator."""
+    return getattr(torch, device.type).get_device_properties(device).total_memory
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -5,7 +5,7 @@ A loader's streams are numbered over all ranks, and their number follows from th
 :mod:`models.datasets.loader`). Between steps every rank has asked each of its streams equally often, so the streams
 may change hands: the next global batch holds the same samples as it would have without the change. Where that is not
 so, the resume is refused: worker processes and packing tie streams to ranks, and a rank that skipped a sample is at
-another stream than the others.
+another stream than the others. Rows of a stated shape have no streams: they are numbered over all ranks.
 """
 
 from typing import Any
@@ -36,6 +36,8 @@ def loader_state_for(
         return states[dp_rank]  # the loader names the difference
     if len(states) == dp_size:
         return states[dp_rank] | {"layout": layout | {"micro_batch_size": micro_batch_size}}
+    if "rows" in states[0]["source"]:
+        return _resharded(states, dp_rank, dp_size, micro_batch_size, states[0]["source"])
     streams = [stream for state in states for stream in state["source"]["loaders"]]
     reasons = {
         "data.num_workers > 0: its worker processes tie streams to ranks": layout["num_workers"] > 0,
@@ -51,11 +53,20 @@ def loader_state_for(
             fix="keep the data-parallel size when resuming",
         )  # fmt: skip
     mine = len(streams) // dp_size
+    source = {"turn": 0, "loaders": streams[dp_rank * mine : (dp_rank + 1) * mine]}
+    return _resharded(states, dp_rank, dp_size, micro_batch_size, source)
+
+
+def _resharded(
+    states: list[dict[str, Any]], dp_rank: int, dp_size: int, micro_batch_size: int, source: dict[str, Any]
+) -> dict[str, Any]:
+    """The state of one rank of `dp_size` that goes on from `source`."""
+    layout = states[dp_rank % len(states)]["layout"]
     counts = _all_skips(states) if dp_rank == 0 else _no_skips()
     return {
         "version": states[0]["version"],
         "layout": layout | dict(zip(RANK_KEYS, (dp_rank, dp_size, micro_batch_size), strict=True)),
-        "source": {"turn": 0, "loaders": streams[dp_rank * mine : (dp_rank + 1) * mine]},
+        "source": source,
         **counts,
     }
 

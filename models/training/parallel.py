@@ -98,12 +98,17 @@ def require_processes(recipe: Recipe, launcher: LauncherEnvironment) -> None:
 
 
 def start_distributed(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_s: float) -> torch.device:
-    """Start ``torch.distributed`` with the backend of the device and check the number of processes.
+    """Check the number of processes and start ``torch.distributed``.
 
     Raises:
         ConfigError: the launcher started another number of processes than the recipe asks for.
     """
     require_processes(recipe, launcher)
+    return join_processes(launcher, timeout_s=timeout_s)
+
+
+def join_processes(launcher: LauncherEnvironment, *, timeout_s: float) -> torch.device:
+    """Start ``torch.distributed`` with the backend of this process's device, which is returned."""
     device = pick_device(launcher.local_rank)
     backend = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}[device.type]
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}

@@ -30,6 +30,8 @@ class TrainOptions:
     """A step that takes longer is a hang."""
     peer_timeout_s: float = 600.0
     """How long the ranks wait for each other at the start."""
+    checks_memory: bool = True
+    """Refuse, before the model is built, what does not fit the device by the plan."""
     tensorboard: bool = False
     trace: int | None = None
     """Record this iteration, for a comparison with another run."""

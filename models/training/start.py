@@ -12,22 +12,24 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError, RunError
 from models.contract.families import load_architecture
 from models.contract.launcher import LauncherEnvironment, read_launcher_environment
 from models.contract.layout import require_layout
+from models.contract.plan import GIB, plan_training, require_fit
 from models.contract.recipe import Recipe
 from models.contract.record import RunInfo, write_run_info
 from models.contract.site import Site
 from models.datasets.loader import build_loader
 from models.training.checkpoint import Saver
 from models.training.engine import Engine
-from models.training.environment import describe_environment, describe_hardware
+from models.training.environment import describe_environment, describe_hardware, device_memory_bytes
 from models.training.evaluation import require_held_out
 from models.training.interruption import StopRequest, Watchdog, stop_requests
 from models.training.loop import train_steps
 from models.training.metrics import Recorder
-from models.training.parallel import require_processes, stop_distributed
+from models.training.parallel import pick_device, require_processes, stop_distributed
 from models.training.progress import Progress, Run, TrainOptions, restore
 from models.training.rendezvous import ranks_met
 from models.training.run_file import (
@@ -111,6 +113,8 @@ def start_run(
     architecture = load_architecture(folder)
     require_layout(architecture, recipe)
     require_held_out(recipe, site)
+    if options.checks_memory:
+        require_memory(recipe, architecture, launcher)
     engine = start_engine(recipe, architecture, folder, launcher, timeout_s=options.step_timeout_s)
     ranks = engine.ranks
     loader = build_loader(
@@ -125,6 +129,18 @@ def start_run(
         recipe=recipe, site=site, architecture=architecture, directory=directory, options=options,
         engine=engine, loader=loader, progress=progress, saver=saver,
     )  # fmt: skip
+
+
+def require_memory(recipe: Recipe, architecture: Architecture, launcher: LauncherEnvironment) -> None:
+    """Check that the planned memory fits this rank's device, before minutes go into building the model.
+
+    Raises:
+        ConfigError: it does not; it names the smallest change that fits.
+    """
+    device = pick_device(launcher.local_rank)
+    if device.type != "cpu":
+        memory_gib = device_memory_bytes(device) / GIB
+        require_fit(plan_training(recipe, architecture, memory_gib=memory_gib, bf16_tflops=None), recipe)
 
 
 def require_trace(recipe: Recipe, options: TrainOptions, progress: Progress) -> None:
@@ -182,7 +198,7 @@ def _describe(info: RunInfo, run: Run, num_parameters: dict[str, int]) -> None:
     device = run.engine.ranks.device
     info.layout = run.engine.ranks.layout
     info.hardware = describe_hardware(device)
-    info.environment = describe_environment(device, run.engine.patches)
+    info.environment = describe_environment(run.recipe, device, run.engine.patches)
     info.num_parameters = num_parameters
     info.outcome.phase = "training"
 

@@ -29,7 +29,7 @@ def select_case(case: Case) -> bool:
 
 def partner_result(case: Case, results_of: Results) -> CaseResult:
     """The Megatron run of the same recipe."""
-    partner = partner_of(case, cases_of_folder(case.recipe_file.parent), engine="megatron")
+    partner = partner_of(case, cases_of_folder(case.recipe_file.parent), "train", engine="megatron")
     return results_of(partner)[0]
 
 

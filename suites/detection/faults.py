@@ -8,6 +8,7 @@ planted:
     conversion              a checkpoint as a wrong converter would have written it (checkpoint_faults.py)
     measurement             a run directory as a wrong recorder would have left it (record_faults.py)
     speed                   a made-up record of a GPU run: no GPU is needed to slow one down (record_faults.py)
+    machine                 what the launcher leaves beside such a record (machine_faults.py)
     baseline                the baseline's file, as a hand or a wrong look-up would give it (record_faults.py)
     inference               answers to held-out questions: one fine-tune with a patch, the rest in the files of
                             answers (inference_faults.py)
@@ -16,7 +17,9 @@ planted:
 from dataclasses import dataclass
 from typing import Literal
 
-Area = Literal["model", "conversion", "data", "training", "measurement", "speed", "baseline", "inference"]
+Area = Literal[
+    "model", "conversion", "data", "training", "measurement", "speed", "machine", "baseline", "inference"
+]
 STEPS = frozenset({"C1", "C2"})
 END = frozenset({"C3"})
 SOUND = frozenset({"C0"})
@@ -177,6 +180,19 @@ FAULTS: tuple[Fault, ...] = (
         "speed",
         frozenset({"memory"}),
         {"more_memory": "peak memory is 8% higher"},
+        setup="synthetic",
+    ),
+    *_faults(
+        "machine",
+        frozenset({"machine"}),
+        {
+            "device_throttled": "heat holds the clock down in 5% of the time",
+            "device_taken": "a process is on the device before the run begins",
+            "device_shared": "a process comes to the device during the run",
+            "memory_errors": "an uncorrected memory error during the run",
+            "slow_machine": "a matrix product takes 7% longer than on the baseline's machine",
+            "slowed_machine": "a matrix product takes 6% longer after the run than before",
+        },
         setup="synthetic",
     ),
     *_faults(

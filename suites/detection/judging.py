@@ -14,6 +14,7 @@ from harness.verdict import GateResult, Verdict
 from models.contract.errors import BaselineError, RunError
 from suites.detection.faults import Fault
 from suites.detection.inference_faults import judge_answers
+from suites.detection.machine_faults import HEALTHY, MACHINE_FAULTS, write_machine
 from suites.detection.record_faults import (
     SPEED_FAULTS,
     copy_record,
@@ -55,8 +56,8 @@ def judge(fault: Fault, shop: Workshop, baselines: dict[str, Baseline], policy: 
         return grade(record, baselines[fault.setup], policy, hardware="cpu")
     if fault.area == "inference":
         return judge_answers(fault, shop)
-    if fault.area == "speed":
-        return _judge_speed(fault, fresh(shop.folder / "records" / fault.name), policy)
+    if fault.area in ("speed", "machine"):
+        return _judge_on_gpu(fault, fresh(shop.folder / "records" / fault.name), policy)
     healthy = shop.run_dir(f"{fault.setup}-healthy-1")
     folder = fresh(shop.folder / "records" / fault.name)
     baseline = baselines[fault.setup]
@@ -76,18 +77,18 @@ def _stopped(record: RunRecord) -> Verdict:
     return Verdict(name="INFRA_ERROR", notes=(f"the run did not end: {reason[-200:]}",))
 
 
-def _judge_speed(fault: Fault, folder: Path, policy: Policy) -> Verdict:
-    """A made-up GPU run against three made-up launches of the same recipe on the same device."""
+def _judge_on_gpu(fault: Fault, folder: Path, policy: Policy) -> Verdict:
+    """A made-up GPU run against three made-up launches of the same recipe on the same device, which is watched."""
     references = [replace(SYNTHETIC_GPU, run_seed=seed) for seed in (1, 2, 3)]
-    records = [
-        load_record(write_synthetic_run(folder / f"reference-{run.run_seed}", run)) for run in references
-    ]
+    paths = [write_synthetic_run(folder / f"reference-{run.run_seed}", run) for run in references]
+    records = [load_record(write_machine(path, HEALTHY)) for path in paths]
     sha = recipe_of(references[0]).sha()
     key = BaselineKey(suite=SUITE, case="synthetic", recipe_sha=sha, hardware="h200")
     baseline = baseline_of_records(records, key=key, policy=policy, created_at="2026-01-05T09:00:00+00:00")
     run = replace(SYNTHETIC_GPU, run_seed=11)
-    change_rows, change_info = SPEED_FAULTS[fault.name]
+    change_rows, change_info = SPEED_FAULTS.get(fault.name, (None, None))
     path = write_synthetic_run(folder / "run", run, change_rows=change_rows, change_info=change_info)
+    write_machine(path, MACHINE_FAULTS.get(fault.name, HEALTHY))
     return grade(load_record(path), baseline, policy, hardware="h200")
 
 

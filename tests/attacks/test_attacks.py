@@ -14,6 +14,7 @@ from harness.policy import Policy
 from harness.records import load_record
 from harness.verdict import Verdict
 from models.contract.record import METRICS_FILE, RUN_FILE, RunInfo
+from suites.detection.machine_faults import NUM_SAMPLES, Machine, write_machine
 from suites.detection.synthetic import Row, SyntheticRun, write_synthetic_run
 
 CANDIDATE = SyntheticRun(run_seed=11)
@@ -439,3 +440,40 @@ def judge(tmp_path: Path, baseline: Baseline | None, policy: Policy, change: Cha
 
 def status(verdict: Verdict) -> dict[str, str]:
     return {gate.gate: gate.status for gate in verdict.gates}
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        (Machine(), "PASS"),
+        (Machine(throttled_samples=NUM_SAMPLES), "INVALID"),
+        (Machine(throttled_samples=1), "INVALID"),  # 1.7% of a minute
+        (Machine(foreign_processes=1), "INVALID"),
+        (Machine(matmul_tflops=(790.0, 700.0)), "INVALID"),
+    ],
+)
+def test_a_good_time_of_a_machine_at_fault_is_no_pass(
+    machine: Machine, name: str, tmp_path: Path, policy: Policy
+) -> None:
+    runs = {seed: SyntheticRun(run_seed=seed, hardware="h200", device_name="NVIDIA H200") for seed in (1, 11)}
+    records = [
+        load_record(
+            write_machine(
+                write_synthetic_run(tmp_path / str(seed), run), machine if seed == 11 else Machine()
+            )
+        )
+        for seed, run in runs.items()
+    ]
+    assert compare(records[1], records[0], policy).name == name
+
+
+def test_a_machine_file_of_something_else_hides_no_fault(tmp_path: Path, policy: Policy) -> None:
+    """Garbage in place of the samples is said; it is no way past the gate of another device."""
+    run = write_synthetic_run(tmp_path / "run", SyntheticRun(hardware="h200", device_name="NVIDIA H200"))
+    write_machine(run, Machine(throttled_samples=NUM_SAMPLES))
+    (run / "telemetry-node-1.jsonl").write_text("garbage")
+    verdict = grade(load_record(run), None, policy)
+    gate = verdict.gate("machine")
+    assert gate is not None
+    assert gate.status == "invalid"
+    assert "telemetry cannot be read: telemetry-node-1.jsonl" in gate.summary

@@ -3,10 +3,19 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import CHECKPOINTS, CONFIGS, DATASETS, ensure_inputs, make, maker, run_program
+from harness.assets import (
+    CHECKPOINTS,
+    CONFIGS,
+    DATASETS,
+    config_name,
+    ensure_inputs,
+    make,
+    maker,
+    run_program,
+)
 from harness.cases import Case, MissingInput
 from models.contract.errors import ConfigError, RunError
-from models.contract.families import detect_family
+from models.contract.families import detect_family, published_names
 from models.contract.site import Site
 from suites.detection.synthetic import SyntheticRun, recipe_of
 
@@ -36,6 +45,15 @@ def test_sizes_of_every_checkpoint_that_can_be_made_are_known() -> None:
         flags = CHECKPOINTS[name](Path(name))[-1]
         assert ("--moe" in flags) == ("moe" in name)
         assert detect_family(config()) == flags[flags.index("--family") + 1]
+
+
+def test_every_published_size_has_a_folder_without_weights() -> None:
+    for published in published_names():
+        [flags] = CHECKPOINTS[config_name(published)](Path("x"))
+        assert flags[-1] == "--no-weights"
+        assert flags[flags.index("--size") + 1] == published
+    [flags] = CHECKPOINTS["sized-qwen3_vl_2b"](Path("x"))
+    assert "--no-weights" not in flags
 
 
 def test_photographs_are_drawn_only_once(tmp_path: Path) -> None:

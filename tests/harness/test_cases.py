@@ -70,6 +70,14 @@ def test_missing_inputs_say_which_path_and_how_to_get_it(tmp_path: Path) -> None
     assert "qwen-harness data" in dataset.fix
 
 
+def test_missing_inputs_name_no_dataset_where_rows_are_stated(tmp_path: Path) -> None:
+    file = write_recipe(tmp_path, "a.toml")
+    shapes = '"fixed-shapes"\nfixed_shapes = { samples = 1, images = 0 }'
+    file.write_text(file.read_text().replace('"nothing"', shapes))
+    site = Site(checkpoints=str(tmp_path / "ckpt"), datasets=str(tmp_path / "data"))
+    assert [item.kind for item in missing_inputs(cases_of_folder(tmp_path)[0], site)] == ["checkpoint"]
+
+
 def test_missing_inputs_is_empty_when_all_is_there(tmp_path: Path) -> None:
     write_recipe(tmp_path, "a.toml")
     (tmp_path / "ckpt" / "nowhere-8b").mkdir(parents=True)

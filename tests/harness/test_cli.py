@@ -29,6 +29,7 @@ OPTIONS = {
     "plan": ["--hardware", "--hw", "--site"],
     "run": [
         "--baseline-dir", "--gate", "--hardware", "--hosts", "--hw", "--jobs", "--output", "--run-root", "--scheduler",
+        "--sentinel",
         "--site", "--this-host", "--time-budget", "--window", "-o",
     ],
     "grade": [

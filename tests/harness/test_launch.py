@@ -186,8 +186,15 @@ def test_classify_failure_goes_by_phase_and_exception(
 
 
 def test_failure_reason_prefers_our_own_error() -> None:
-    log = "Traceback …\nKeyError: 'x'\n[rank 0] DataError: dataset not found\n  where: /data\n"
-    assert failure_reason(log, 1) == "DataError: dataset not found"
+    log = (
+        "Traceback …\nKeyError: 'x'\n[rank 0] DataError: dataset not found\n  where:    /data\n  fix:      make it\n"
+        "Traceback …\n"
+    )
+    assert failure_reason(log, 1) == "DataError: dataset not found; where: /data; fix: make it"
+    assert (
+        failure_reason("[rank 0] DataError: dataset not found\n  fixture: x", 1)
+        == "DataError: dataset not found"
+    )
     assert failure_reason("nothing of use", -9) == "ended by SIGKILL"
     assert failure_reason("nothing of use", 7) == "exit code 7"
 

@@ -31,12 +31,12 @@ def test_every_fsdp2_case_of_the_suite_has_a_partner() -> None:
     with_fsdp2 = [case for case in cases if case.recipe.train.engine == "fsdp2"]
     assert len(with_fsdp2) == 4
     for case in with_fsdp2:
-        partner = partner_of(case, cases, engine="megatron")
+        partner = partner_of(case, cases, "train", engine="megatron")
         assert partner.name == case.name.removesuffix("_fsdp2")
         assert case.recipe.train.train_iters == 500
     lonely = [case for case in cases if case.recipe.train.engine == "fsdp2"]
     with pytest.raises(RunError, match="differs from"):
-        partner_of(with_fsdp2[0], lonely, engine="megatron")
+        partner_of(with_fsdp2[0], lonely, "train", engine="megatron")
 
 
 def test_judge_against_compares_loss_alone_and_draws_both(tmp_path: Path) -> None:

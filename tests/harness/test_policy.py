@@ -23,6 +23,7 @@ def test_shipped_policy_has_the_stated_margins() -> None:
     assert (policy.end_window.margin, policy.end_window.num_iterations) == (0.05, 50)
     assert (policy.literal.margin, policy.held_out.margin, policy.drift.margin) == (0.05, 0.02, 0.005)
     assert (policy.throughput.fail, policy.throughput.warn, policy.throughput.gain) == (-0.05, -0.03, 0.05)
+    assert policy.throughput.scaling_floor == 0.97
 
 
 def test_limits_of_a_hardware_class() -> None:

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from harness.policy import load_policy
 from models.contract.record import RUN_FILE
 from suites.detection.checkpoint_faults import CHECKPOINT_FAULTS
-from suites.detection.faults import FAULTS
+from suites.detection.faults import FAULTS, fault_named
 from suites.detection.inference_faults import ANSWER_FAULTS, BLIND
+from suites.detection.judging import judge
+from suites.detection.machine_faults import HEALTHY, MACHINE_FAULTS
 from suites.detection.record_faults import BASELINE_FAULTS, RECORD_FAULTS, SPEED_FAULTS
 from suites.detection.synthetic import SyntheticRun, write_synthetic_run
 from suites.detection.training_jobs import ERROR_FILE, SETUPS, Job, Workshop, has_ended, healthy_jobs
 
 WHERE = {
-    "conversion": CHECKPOINT_FAULTS, "measurement": RECORD_FAULTS, "speed": SPEED_FAULTS,
+    "conversion": CHECKPOINT_FAULTS, "measurement": RECORD_FAULTS, "speed": SPEED_FAULTS, "machine": MACHINE_FAULTS,
     "baseline": {**BASELINE_FAULTS, "torn_file": None, "other_hardware": None},
     "inference": {**ANSWER_FAULTS, BLIND: None},
 }  # fmt: skip
@@ -34,6 +37,18 @@ def test_every_fault_has_a_name_of_its_own_and_a_gate_to_catch_it() -> None:
 @pytest.mark.parametrize("area", WHERE)
 def test_every_fault_that_is_not_a_patch_is_made_somewhere(area: str) -> None:
     assert {fault.name for fault in FAULTS if fault.area == area} == set(WHERE[area])
+
+
+@pytest.mark.parametrize("name", [None, *MACHINE_FAULTS])
+def test_a_machine_at_fault_is_seen_by_its_gate_alone(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name is None:
+        monkeypatch.setitem(MACHINE_FAULTS, "device_taken", HEALTHY)
+    fault = fault_named(name or "device_taken")
+    verdict = judge(fault, Workshop(folder=tmp_path), {}, load_policy())
+    red = [gate.gate for gate in verdict.gates if gate.status in ("fail", "invalid")]
+    assert (verdict.name, red) == (("INVALID", ["machine"]) if name else ("PASS", []))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,19 @@ def test_every_case_can_be_planned(tmp_path: Path) -> None:
     assert f"{len(cases)} case(s)" in text
 
 
+def test_cases_of_the_throughput_suite_fit_and_keep_every_rule(tmp_path: Path) -> None:
+    site = Site(checkpoints=str(tmp_path), datasets=str(tmp_path))
+    planned = [plan_case(case, site) for case in discover(SUITES / "throughput")]
+    assert {row.case.recipe.num_processes for row in planned} == {1, 2, 4, 8}
+    assert {row.case.hardware for row in planned} >= {"cpu", "h20", "h100", "h800", "h200"}
+    assert {row.case.id: row.refused for row in planned if row.refused} == {}
+    fixed = [row for row in planned if row.case.recipe.data.fixed_shapes is not None]
+    assert len({row.case.name for row in fixed}) >= 15
+    for row in fixed:  # of a fresh site, everything is made on the spot
+        assert len(row.missing) == 1
+        assert "made on the spot" in row.missing[0]
+
+
 def test_inputs_of_cpu_cases_are_made_on_the_spot() -> None:
     cpu = [case for case in discover(SUITES) if case.hardware == "cpu"]
     assert {case.recipe.model.checkpoint for case in cpu} <= set(CHECKPOINTS)

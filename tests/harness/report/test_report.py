@@ -16,6 +16,7 @@ from harness.report.plots import Line, effect_bar, line_chart, thin, ticks
 from harness.report.strings import LANGUAGES, texts
 from harness.verdict import GateResult, Verdict
 from models.contract.errors import RunError
+from models.contract.record import RunInfo
 from suites.detection.synthetic import Row, SyntheticRun, write_synthetic_run
 
 PASS = Verdict(
@@ -271,3 +272,30 @@ def test_margin_that_is_open_below_does_not_hide_the_effect() -> None:
     zeros = [float(value) for value in re.findall(r'class="grid" x1="([\d.]+)"', bar)]
     # +2% against a margin of +5% stands a quarter of the half width away from zero; of -100% it would be 3 pixels
     assert all(centre - zero > 30 for centre, zero in zip(centres, zeros, strict=True))
+
+
+def test_scaling_is_drawn_where_runs_share_the_work_a_device(tmp_path: Path) -> None:
+    def on(num_devices: int, factor: float) -> Path:
+        def change_info(info: RunInfo) -> RunInfo:
+            recipe = json.loads(json.dumps(info.recipe))
+            recipe["num_processes"] = num_devices
+            recipe["train"]["global_batch_size"] *= num_devices
+            return info.model_copy(update={"recipe": recipe, "world_size": num_devices})
+
+        def change_rows(rows: list[Row]) -> list[Row]:
+            counted = ("num_padded_tokens", "num_real_tokens", "global_batch_size")
+            return [{**row, **{name: row[name] * num_devices * factor for name in counted}} for row in rows]
+
+        folder = tmp_path / str(num_devices)
+        run = SyntheticRun(train_iters=60)
+        return write_synthetic_run(folder, run, change_rows=change_rows, change_info=change_info)
+
+    build_report([on(1, 1.0), on(2, 0.98), on(4, 0.9)], tmp_path / "report")
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert texts("en")["scaling"] in html
+    assert re.findall(r'badge small (\w+)">(\d+\.\d%)', html) == [
+        ("good", "100.0%"), ("good", "98.0%"), ("bad", "90.0%"),
+    ]  # fmt: skip
+    assert "| synthetic | 4 |" in (tmp_path / "report" / "report.md").read_text()
+    build_report([tmp_path / "1"], tmp_path / "alone")
+    assert texts("en")["scaling"] not in (tmp_path / "alone" / "report.html").read_text()

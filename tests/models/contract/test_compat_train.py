@@ -100,6 +100,17 @@ def test_recipe_toml_reads_back_to_the_same_recipe(arguments: list[str]) -> None
     assert parse_recipe(tomllib.loads(recipe_toml(recipe)), where="text") == recipe
 
 
+def test_recipe_toml_reads_back_a_table_in_a_section() -> None:
+    data = script_recipe("run_mcore_qwen", SEVEN_B).model_dump(mode="json")
+    data["data"] |= {
+        "dataset": "fixed-shapes",
+        "fixed_shapes": {"samples": 1, "images": 2, "image_size": 336},
+    }
+    recipe = parse_recipe(data, where="test")
+    assert "fixed_shapes = { samples = 1, images = 2, image_size = 336 }" in recipe_toml(recipe)
+    assert parse_recipe(tomllib.loads(recipe_toml(recipe)), where="text") == recipe
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [

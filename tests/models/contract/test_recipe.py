@@ -51,6 +51,20 @@ def test_recipe_hash_is_the_same_with_a_default_written_out(tmp_path: Path) -> N
     assert load(tmp_path, MINIMAL).sha() == load(tmp_path, MINIMAL + "weight_decay = 0.01\n").sha()
 
 
+def test_recipe_hash_is_that_of_a_recipe_without_the_table_where_it_is_left_out(tmp_path: Path) -> None:
+    # of the version before [data.fixed_shapes] was added
+    assert load(tmp_path, MINIMAL).sha() == "39c43da4365d99cc"
+    shapes = MINIMAL + "[data.fixed_shapes]\nsamples = 1\nimages = 1\n"
+    hashes = {load(tmp_path, text).sha() for text in (MINIMAL, shapes, shapes + "image_size = 336\n")}
+    assert len(hashes) == 3
+
+
+def test_recipe_names_the_nearest_key_of_a_table_that_may_be_left_out(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, MINIMAL + "[data.fixed_shapes]\nsamples = 1\nimages = 1\nimage_sze = 336\n")
+    assert "unknown key 'data.fixed_shapes.image_sze': did you mean 'image_size'?" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from models.contract.errors import ConfigError, RunError
 from models.contract.recipe import Recipe
 from models.contract.record import read_run_info
 from models.contract.site import Site
+from models.training import start
 from models.training.checkpoint import FOLDER, TRACKER_FILE
+from models.training.environment import describe_kernels
 from models.training.progress import TrainOptions
 from models.training.start import train
 
@@ -37,6 +40,7 @@ def test_train_leaves_a_complete_run_directory(
     )
     assert info.sample_counts == {"consumed": 16, "skipped": 0}
     assert "cuda_device_literals" in info.environment["patches"]
+    assert info.environment["kernels"] == "torch"
     rows = rows_of(tmp_path / "run")
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
     assert rows[-1]["lm_loss"] < rows[0]["lm_loss"]
@@ -236,3 +240,36 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(
         assert (row["grad_norm"] == "nan") == is_skipped
         assert (row["learning_rate"] == before["learning_rate"]) == is_skipped
     assert not any(row["num_nan_iterations"] for row in rows)
+
+
+def test_what_does_not_fit_is_refused_before_the_model_is_built(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(train={"train_iters": 1}, optimizer={"lr_warmup_iters": 0})
+    monkeypatch.setattr(start, "pick_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(start, "device_memory_bytes", lambda _: 2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr("models.training.megatron_engine.start_engine", lambda *_, **__: pytest.fail("built"))
+        with pytest.raises(ConfigError, match="does not fit into device memory") as caught:
+            train(recipe, site, tmp_path / "small", PLAIN)
+    assert caught.value.got.endswith("GiB by the plan")
+    assert train(recipe, site, tmp_path / "forced", TrainOptions(checks_memory=False)) == "completed"
+    monkeypatch.setattr(start, "device_memory_bytes", lambda _: 2**40)
+    assert train(recipe, site, tmp_path / "large", PLAIN) == "completed"
+
+
+def test_the_kernels_are_on_record(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    auto = make_recipe(model={"attention_backend": "auto"})
+    assert describe_kernels(auto, cpu) == "torch"
+    assert describe_kernels(make_recipe(train={"engine": "fsdp2"}), gpu) == "transformers"
+    assert not caplog.text
+    is_installed = [False]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: is_installed[0] or None)
+    assert describe_kernels(auto, gpu) == "torch, as transformer_engine is not installed"
+    assert "torch's kernels take over" in caplog.text
+    assert describe_kernels(make_recipe(model={"attention_backend": "torch"}), gpu) == "torch"
+    is_installed[0] = True
+    assert describe_kernels(auto, gpu) == "transformer_engine"
