@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from models.common.batch import IGNORED_LABEL, Batch
-from models.common.context_parallel import local_index
 from models.common.transfer import to_device
 
 Reduction = Literal["per_token", "per_sample"]
@@ -48,15 +47,6 @@ def loss_weights(batch: Batch, reduction: Reduction) -> tuple[Tensor, int]:
     )
     weights = torch.where(is_supervised, 1.0 / counts.clamp(min=1.0)[index], 0.0)
     return weights, int((counts > 0).sum())
-
-
-def slice_weights(weights: Tensor, batch: Batch, cp_size: int, cp_rank: int) -> Tensor:
-    """The columns of `weights` that a context-parallel rank computes losses for, [b, s/cp]."""
-    if cp_size == 1:
-        return weights
-    lengths = [weights.shape[1]] if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
-    index = to_device(local_index(lengths, cp_size, cp_rank), weights.device)
-    return weights.index_select(1, index)
 
 
 def loss_denominator(batch: Batch, reduction: Reduction) -> int:

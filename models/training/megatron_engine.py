@@ -31,7 +31,7 @@ from models.training.cpu import cpu_megatron
 from models.training.engine import LossSums, UpdateResult
 from models.training.gradients import clip_gradients, gradient_norm
 from models.training.initial_weights import load_initial_weights
-from models.training.loss import loss_weights, slice_weights
+from models.training.loss import loss_weights
 from models.training.parallel import Ranks, stage_of_chunk, start_megatron
 from models.training.parameters import count_parameters
 from models.training.trace import megatron_points
@@ -242,7 +242,7 @@ class MegatronEngine:
 
         def loss_function(token_losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, float]]:
             weights, denominator = loss_weights(batch, self.recipe.train.loss_reduction)
-            weights = slice_weights(weights, batch, self.ranks.layout["cp"], self.ranks.cp_rank)
+            # Every context-parallel rank has the whole row, zeros where another has the token.
             loss = (token_losses.float() * weights).sum()
             share = denominator if self.ranks.cp_rank == 0 else 0
             # Filled on the device: a number that is copied there waits for it.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.common.batch import Batch
-from models.training.loss import loss_denominator, loss_weights, sample_index, slice_weights
+from models.training.loss import loss_denominator, loss_weights, sample_index
 
 IGNORED = -100
 
@@ -60,14 +60,6 @@ def test_packed_and_unpacked_samples_have_the_same_loss() -> None:
         assert n == m
         assert (a * spread).sum() == (b * spread.reshape(1, -1)).sum()
     assert losses.sum() == spread.sum()
-
-
-def test_slices_of_all_context_parallel_ranks_hold_every_weight_once() -> None:
-    weights, _ = loss_weights(ROWS, "per_sample")
-    parts = [slice_weights(weights, ROWS, 2, rank) for rank in (0, 1)]
-    assert [part.shape for part in parts] == [(3, 2), (3, 2)]
-    assert torch.cat(parts, dim=1).sum() == weights.sum()
-    assert parts[0].tolist()[0][0] == weights[0, 0]
 
 
 def test_a_batch_without_labels_has_no_loss() -> None:
