@@ -86,7 +86,8 @@ class MultimodalModel(MegatronModule):
         """Deepstack levels that later stages still have to add."""
         self._features: Tensor | None = None
         self.are_gradients_awaited: Callable[[], bool] = lambda: True
-        """Whether the backward pass of the micro-batch that comes in must give every parameter a gradient."""
+        """Whether the backward pass of the micro-batch that comes in must give every parameter a gradient: data
+        parallelism waits for it, or ranks that share experts go back together."""
         freeze(self, settings.freeze)
 
     def set_input_tensor(self, input_tensor: Tensor | Sequence[Tensor] | None) -> None:

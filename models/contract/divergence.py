@@ -42,6 +42,7 @@ class TraceHeader(BaseModel):
     dp_rank: int
     tp_rank: int
     tp_size: int
+    cp_rank: int
     is_sequence_first: bool
     """Decoder tensors are [s, b, h], not [b, s, h]."""
     is_sequence_parallel: bool
@@ -53,7 +54,9 @@ class TraceHeader(BaseModel):
     sample_places: list[tuple[int, int]]
     """Row and first column of every sample."""
     vision_counts: list[int]
+    """Vision tokens of every sample that this rank's tower made: context-parallel ranks share the pictures."""
     audio_counts: list[int]
+    """Audio tokens of every sample; every rank makes all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +134,7 @@ def read_trace(run: Path, iteration: int) -> Trace:
                 pieces.setdefault((phase, point, header.dp_rank), []).append((header, opened.get_tensor(key)))
     trace: Trace = {}
     for (phase, point, _), found in pieces.items():
-        trace.setdefault((phase, point), {}).update(_by_sample(point, found))
+        trace.setdefault((phase, point), {}).update(_by_sample(phase, point, found))
     return trace
 
 
@@ -161,26 +164,45 @@ def first_tensor(found: list[PointDistance], phase: Phase, *, tolerance: float) 
     return next((row for row in found if row.phase == phase and not row.relative <= tolerance), None)
 
 
-def _by_sample(point: str, pieces: list[tuple[TraceHeader, Array]]) -> Iterator[tuple[str, Array]]:
+def _by_sample(
+    phase: Phase, point: str, pieces: list[tuple[TraceHeader, Array]]
+) -> Iterator[tuple[str, Array]]:
     """Put the pieces of one data-parallel rank together and cut them into samples."""
-    header, tensor = pieces[0]
     if point.startswith("language_model."):
+        header = pieces[0][0]
         rows = _whole_rows(point, pieces)
         for key, (row, start), length in zip(
             header.sample_keys, header.sample_places, header.sample_lengths, strict=False
         ):
             yield key, rows[row, start : start + length]
         return
-    counts = header.vision_counts if point.startswith("vision_model.") else header.audio_counts
+    shares = {
+        header.cp_rank: (header, tensor) for header, tensor in pieces
+    }  # tensor-parallel ranks have the same
+    if point.startswith("vision_model."):
+        dealt = [_cut(*shares[rank], shares[rank][0].vision_counts) for rank in sorted(shares)]
+        for key in pieces[0][0].sample_keys:
+            found = [share[key] for share in dealt if key in share]
+            if found:
+                yield key, np.concatenate(found)
+        return
+    header, tensor = pieces[0]
+    if phase == "backward":  # a rank's gradient is that of its own positions
+        tensor = np.sum([share for _, share in shares.values()], axis=0)
+    yield from _cut(header, tensor, header.audio_counts).items()
+
+
+def _cut(header: TraceHeader, tensor: Array, counts: list[int]) -> dict[str, Array]:
+    """What a tower made of each sample's media; nothing where it made none, or a blank one to be kept busy."""
     flat = tensor.reshape(-1, tensor.shape[-1])
-    if not sum(counts):
-        return  # a blank one, to keep the tower busy
-    ratio = flat.shape[0] // sum(counts)
+    found = {}
     start = 0
     for key, count in zip(header.sample_keys, counts, strict=False):
         if count:
-            yield key, flat[start : start + count * ratio]
-        start += count * ratio
+            rows = count * (flat.shape[0] // sum(counts))
+            found[key] = flat[start : start + rows]
+            start += rows
+    return found
 
 
 def _whole_rows(point: str, pieces: list[tuple[TraceHeader, Array]]) -> Array:

@@ -155,11 +155,13 @@ def _virtual_pipeline(architecture: Architecture, recipe: Recipe) -> Iterator[La
     stages = _stages(architecture, recipe)
     for count in sorted(set(stages)):
         yield from _divides(vpp, count, "the number of layers of a stage", key)
-    if recipe.num_microbatches % pp:
-        yield LayoutProblem(
-            rule="the number of micro-batches must be a multiple of pipeline_model_parallel_size", where=key,
-            got=f"{recipe.num_microbatches} and {pp}", fix="change train.global_batch_size",
-        )  # fmt: skip
+    batches = {"global_batch_size": recipe.num_microbatches, "eval_samples": recipe.num_eval_microbatches}
+    for name, count in batches.items():
+        if count % pp:
+            yield LayoutProblem(
+                rule="the number of micro-batches must be a multiple of pipeline_model_parallel_size", where=key,
+                got=f"{count} and {pp}", fix=f"change train.{name}",
+            )  # fmt: skip
     if pp > 2:
         return
     # Between two ranks, megatron-core cannot tell forward from backward shapes when it has to exchange them.
@@ -249,6 +251,12 @@ def _other(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProblem
         yield LayoutProblem(
             rule="num_layers must hold the deepstack levels and not exceed the checkpoint's layers",
             where="model.num_layers", got=str(layers), fix=f"choose {levels} to {architecture.text.num_layers}",
+        )  # fmt: skip
+    groups = {"language", "vision", "projector"} | ({"audio"} if architecture.audio is not None else set())
+    if groups <= set(recipe.model.freeze):
+        yield LayoutProblem(
+            rule="something must be left to train", where="model.freeze", got=", ".join(recipe.model.freeze),
+            fix="leave a group out",
         )  # fmt: skip
     if "audio" in recipe.model.freeze and architecture.audio is None:
         yield LayoutProblem(

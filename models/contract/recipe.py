@@ -211,6 +211,11 @@ class Recipe(BaseModel):
         return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size)
 
     @property
+    def num_eval_microbatches(self) -> int:
+        """Micro-batches of one data-parallel rank in one evaluation."""
+        return self.train.eval_samples // (self.train.micro_batch_size * self.data_parallel_size)
+
+    @property
     def lr_decay_iters(self) -> int:
         """Iteration at which the schedule reaches `min_lr`."""
         return self.optimizer.lr_decay_iters or self.train.train_iters

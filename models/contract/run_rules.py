@@ -19,7 +19,8 @@ def check_run(recipe: Recipe, *, hardware: str | None = None) -> list[LayoutProb
         hardware: Hardware class it would run on; None leaves the rules about devices out.
     """
     problems = [
-        *_batches(recipe), *check_fixed_shapes(recipe), *_evaluation(recipe), *_optimizer(recipe), *_fsdp2(recipe)
+        *_batches(recipe), *check_fixed_shapes(recipe), *_recompute(recipe), *_evaluation(recipe),
+        *_optimizer(recipe), *_fsdp2(recipe),
     ]  # fmt: skip
     return [*problems, *_cpu(recipe)] if hardware == "cpu" else problems
 
@@ -44,12 +45,28 @@ def _batches(recipe: Recipe) -> Iterator[LayoutProblem]:
         )  # fmt: skip
 
 
+def _recompute(recipe: Recipe) -> Iterator[LayoutProblem]:
+    precision = recipe.precision
+    if precision.recompute_num_layers != 1 and precision.recompute != "full":
+        yield LayoutProblem(
+            rule="layers are recomputed together in full recompute only", where="precision.recompute_num_layers",
+            got=f"{precision.recompute_num_layers} with recompute = {precision.recompute}",
+            fix="set precision.recompute = 'full', or leave it out",
+        )  # fmt: skip
+
+
 def _evaluation(recipe: Recipe) -> Iterator[LayoutProblem]:
     interval, samples = recipe.train.eval_interval, recipe.train.eval_samples
     if interval is not None and not samples:
         yield LayoutProblem(
             rule="an evaluation needs samples", where="train.eval_samples", got=f"0 with eval_interval = {interval}",
             fix="say how many held-out samples, or leave eval_interval out",
+        )  # fmt: skip
+    per_call = recipe.train.micro_batch_size * recipe.data_parallel_size
+    if samples % per_call:  # another layout would be held to other samples
+        yield LayoutProblem(
+            rule="eval_samples must be a multiple of micro_batch_size * data_parallel_size", where="train.eval_samples",
+            got=f"{samples} and {per_call}", fix=f"use {-(-samples // per_call) * per_call}",
         )  # fmt: skip
     if interval is None and (samples or recipe.data.eval_dataset):
         yield LayoutProblem(
@@ -66,6 +83,13 @@ def _optimizer(recipe: Recipe) -> Iterator[LayoutProblem]:
             rule="min_lr must not be above lr", where="optimizer.min_lr", got=f"{settings.min_lr} and {settings.lr}",
             fix="lower it",
         )  # fmt: skip
+    multipliers = {"vision": settings.vision_lr_mult, "projector": settings.projector_lr_mult}
+    for group, multiplier in multipliers.items():
+        if multiplier != 1.0 and group in recipe.model.freeze:
+            yield LayoutProblem(
+                rule="a frozen group has no learning rate to multiply", where=f"optimizer.{group}_lr_mult",
+                got=f"{multiplier} with model.freeze = {', '.join(recipe.model.freeze)}", fix="leave it out",
+            )  # fmt: skip
     if settings.lr_warmup_iters >= recipe.lr_decay_iters:
         yield LayoutProblem(
             rule="the warm-up must end before the decay does", where="optimizer.lr_warmup_iters",
@@ -115,6 +139,9 @@ def _fsdp2(recipe: Recipe) -> Iterator[LayoutProblem]:
         "precision.dtype": (precision.dtype == "fp16", "fp16"),
         "precision.fp8": (precision.fp8 is not None, str(precision.fp8)),
         "precision.recompute": (precision.recompute == "selective", "selective"),
+        "precision.recompute_num_layers": (
+            precision.recompute_num_layers != 1, str(precision.recompute_num_layers)
+        ),
         "optimizer.use_precision_aware_optimizer": (optimizer.use_precision_aware_optimizer, "true"),
         "optimizer.cpu_offload_fraction": (
             0.0 < optimizer.cpu_offload_fraction < 1.0, str(optimizer.cpu_offload_fraction)

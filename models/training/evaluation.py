@@ -8,7 +8,7 @@ from models.contract.recipe import Recipe
 from models.contract.site import Site
 from models.datasets.loader import build_loader
 from models.datasets.shards import dataset_counts
-from models.training.engine import mean_loss
+from models.training.engine import LossSums, mean_loss
 from models.training.interruption import Watchdog
 from models.training.progress import Run
 
@@ -21,8 +21,8 @@ def require_held_out(recipe: Recipe, site: Site) -> None:
     """
     if recipe.train.eval_interval is None:
         return
-    name, per_call = _name(recipe), recipe.train.micro_batch_size * recipe.data_parallel_size
-    expected, found = _num_microbatches(recipe) * per_call, dataset_counts(site.dataset(name), "val")
+    name = _name(recipe)
+    expected, found = recipe.train.eval_samples, dataset_counts(site.dataset(name), "val")
     if found < expected:
         raise _exhausted(name, expected, found)
 
@@ -38,24 +38,20 @@ def evaluate(run: Run, watchdog: Watchdog) -> float:
         recipe, run.site, run.architecture,
         split="val", data_parallel_rank=ranks.dp_rank, data_parallel_size=ranks.dp_size,
     )  # fmt: skip
-    per_call = recipe.train.micro_batch_size * ranks.dp_size
-    num_microbatches = _num_microbatches(recipe)
-    parts = []
-    for batch in itertools.islice(loader, num_microbatches):
+    parts: list[LossSums] = []
+    num_done, num_wanted = 0, recipe.num_eval_microbatches
+    while num_done < num_wanted:
         watchdog.beat()
-        parts.append(run.engine.evaluate([batch]))
-    everyone = ranks.exchange(parts)
-    # How many packs the samples make is not known before.
-    least = 1 if recipe.data.packing else num_microbatches
-    found = [len(parts) for parts in everyone]
-    if min(found) < least or len(set(found)) > 1:
-        raise _exhausted(_name(recipe), least * per_call, min(found) * per_call)
-    return mean_loss([sums for parts in everyone for sums in parts])
-
-
-def _num_microbatches(recipe: Recipe) -> int:
-    """Of one data-parallel rank in one evaluation."""
-    return max(1, recipe.train.eval_samples // (recipe.train.micro_batch_size * recipe.data_parallel_size))
+        # A pipeline takes as many at a time as it has stages: its virtual stages need them all.
+        size = min(ranks.layout["pp"], num_wanted - num_done)
+        batches = list(itertools.islice(loader, size))
+        found = min(ranks.exchange(len(batches)))
+        if found < size:  # on any rank: those that share experts or weights go together or not at all
+            num_samples = (num_done + found) * recipe.train.micro_batch_size * ranks.dp_size
+            raise _exhausted(_name(recipe), recipe.train.eval_samples, num_samples)
+        parts.append(run.engine.evaluate(batches))
+        num_done += size
+    return mean_loss([sums for parts in ranks.exchange(parts) for sums in parts])
 
 
 def _name(recipe: Recipe) -> str:

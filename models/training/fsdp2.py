@@ -165,6 +165,7 @@ class Fsdp2Engine:
     def _state(self, *, with_optimizer: bool) -> dict[str, Any]:
         state: dict[str, Any] = {"model": dcp_state.get_model_state_dict(self.model)}
         if with_optimizer:
+            self.discard()  # torch makes the states of an optimizer that has not stepped only where no gradient is left
             state["optimizer"] = dcp_state.get_optimizer_state_dict(self.model, self.optimizer)
         state["scheduler"] = self.scheduler.state_dict()
         state[f"random_{self.ranks.rank}"] = random_state.capture(self.ranks.device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norm and clipping of Megatron's main gradients in a few kernels, with one wait for the device.
+"""Scale, norm and clipping of Megatron's main gradients, over all parts of its optimizer.
 
-megatron-core does the same with TransformerEngine's kernels, but imports one that 2.12 does not have, and then falls
-back to a loop that waits for every single parameter.
+Norm and clipping take a few kernels, with one wait for the device. megatron-core does the same with TransformerEngine's
+kernels, but imports one that 2.12 does not have, and then falls back to a loop that waits for every single parameter.
 """
 
 import math
@@ -10,6 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+
+@torch.no_grad()
+def prepare_gradients(optimizer: Any) -> bool:
+    """Make main gradients of the model's, without the loss scale, and move the loss scale on.
+
+    Under expert parallelism experts have a part of the optimizer of their own, with a loss scale of its own, though
+    one scale goes into the loss. megatron-core moves each on by what that part saw: an overflow that only one has would
+    leave the others at a scale that the loss was never multiplied with.
+
+    Returns: whether any gradient of the whole model overflowed.
+    """
+    parts = optimizer.chained_optimizers
+    overflows = [part.prepare_grads() for part in parts]
+    if any(overflows):
+        state = parts[overflows.index(True)].grad_scaler.state_dict()
+        for part in parts:
+            part.grad_scaler.load_state_dict(state)
+    return any(overflows)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
@@ -29,9 +28,10 @@ from models.training import optimizer as optimizers
 from models.training import random_state
 from models.training.cpu import cpu_megatron
 from models.training.engine import LossSums, UpdateResult
-from models.training.gradients import clip_gradients, gradient_norm
+from models.training.gradients import clip_gradients, gradient_norm, prepare_gradients
 from models.training.initial_weights import load_initial_weights
 from models.training.loss import loss_weights
+from models.training.overlap import finish_gathers, start_gathers
 from models.training.parallel import Ranks, stage_of_chunk, start_megatron
 from models.training.parameters import count_parameters
 from models.training.trace import megatron_points
@@ -65,8 +65,10 @@ class MegatronEngine:
         for module in self.modules:
             _connect(module.config, self.recipe, self.chunks, self.optimizer)
             module.config.moe_grad_scale_func = self._scale_auxiliary
-        # Pipeline stages run forward before they know which backward pass is the last.
-        if self.ranks.layout["pp"] == 1:
+        # Pipeline stages run forward before they know which backward pass is the last. Ranks that share experts go back
+        # together: through a frozen decoder none would that has no media, and the others would wait for it.
+        shares_frozen_experts = self.ranks.layout["ep"] > 1 and "language" in self.recipe.model.freeze
+        if self.ranks.layout["pp"] == 1 and not shares_frozen_experts:
             self.modules[0].are_gradients_awaited = partial(optimizers.are_gradients_awaited, self.chunks[0])
 
     def forward_backward(
@@ -80,18 +82,15 @@ class MegatronEngine:
         tracker = get_moe_metrics_tracker()
         tracker.clear()
         sums = self._run(batches, forward_only=False)
-        num_moe_layers = _num_moe_layers(self.modules[0].config)
-        if not num_moe_layers:  # the tracker belongs to the process and keeps the names of a run before
-            return sums
-        scale = 1.0 / (len(batches) * self.ranks.dp_size * num_moe_layers)
-        auxiliary = {name: float(entry.values.sum()) * scale for name, entry in tracker.metrics.items()}
+        count = len(batches) * self.ranks.dp_size * _num_moe_layers(self.modules[0].config)
+        auxiliary = {name: float(entry.values.sum()) / count for name, entry in tracker.metrics.items()}
         return dataclasses.replace(sums, auxiliary=auxiliary)
 
     @torch.no_grad()
     def update(self) -> UpdateResult:
         """Clip, step the optimizer and the schedule."""
         loss_scale = float(self.optimizer.get_loss_scale())
-        has_overflow = self.optimizer.prepare_grads()
+        has_overflow = prepare_gradients(self.optimizer)
         grad_norm = math.nan if has_overflow else gradient_norm(self.optimizer, self.ranks.device)
         is_updated = math.isfinite(grad_norm)
         if is_updated:
@@ -107,9 +106,8 @@ class MegatronEngine:
         )
 
     def learning_rate(self) -> float:
-        """Rate of the parameters without a multiplier, after the schedule's last step, as Megatron logs it."""
-        rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        return self.recipe.optimizer.lr if rate is None else float(rate)
+        """Rate of parameters without a multiplier after the schedule's last step, whether or not there are any."""
+        return float(self.scheduler.get_lr({}))
 
     def discard(self) -> None:
         """Drop the gradients of this step."""
@@ -162,8 +160,6 @@ class MegatronEngine:
     @torch.no_grad()
     def load(self, folder: Path, *, with_optimizer: bool, same_layout: bool) -> None:
         """Read what :meth:`save` wrote, in place."""
-        if with_optimizer:
-            optimizers.allocate_states(self.optimizer)
         state = self._sharded_state(with_optimizer=with_optimizer, is_loading=True)
         if not same_layout:
             del state["random"]  # there is one of each rank that was
@@ -205,6 +201,7 @@ class MegatronEngine:
         }
         state: dict[str, Any] = dict(models)
         if with_optimizer:
+            optimizers.allocate_states(self.optimizer)
             whole = models["model"] if len(models) == 1 else models
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 whole, is_loading=is_loading, metadata=metadata
@@ -220,6 +217,7 @@ class MegatronEngine:
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> LossSums:
         schedule = get_forward_backward_func()
+        start_gathers(self.chunks)
         sums: list[tuple[Tensor, float]] = schedule(
             forward_step_func=self._forward_step,
             data_iterator=[iter(batches) for _ in self.chunks],
@@ -229,6 +227,7 @@ class MegatronEngine:
             micro_batch_size=batches[0].input_ids.shape[0],
             forward_only=forward_only,
         )
+        finish_gathers(self.chunks)
         if not sums:  # not the last stage
             return LossSums()
         return LossSums(
@@ -307,5 +306,3 @@ def _connect(config: Any, recipe: Recipe, chunks: list[Any], optimizer: Any) -> 
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
         if len(chunks) > 1:
             config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-    if recipe.parallel.overlap_param_gather and len(chunks) > 1:
-        config.param_sync_func = [chunk.start_param_sync for chunk in chunks]

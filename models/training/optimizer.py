@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from models.common.settings import DTYPES
 from models.contract.errors import ConfigError
 from models.contract.recipe import OptimizerSection, Recipe
+from models.training.overlap import exchange_in_turn
 
 PROJECTOR_PARTS = ("vision_model.merger.", "vision_model.deepstack_mergers.")
 
@@ -56,6 +57,7 @@ def wrap_data_parallel(
         grad_reduce_in_fp32=recipe.precision.grad_reduce_in_fp32,
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
+        align_param_gather=recipe.parallel.overlap_param_gather,  # by overlap.start_gathers
         use_distributed_optimizer=recipe.optimizer.use_distributed_optimizer,
     )
     wrapped = [
@@ -69,6 +71,8 @@ def wrap_data_parallel(
         for index, chunk in enumerate(chunks)
     ]
     fuse_weight_gradients(wrapped)
+    for chunk in wrapped:
+        exchange_in_turn(chunk)
     return wrapped
 
 
@@ -184,10 +188,10 @@ def build_optimizer(
 
 
 def allocate_states(optimizer: Any) -> None:
-    """Make torch AdamW's states before a checkpoint is loaded into them.
+    """Make torch AdamW's states where it has not stepped yet: before a checkpoint is loaded into them, or written.
 
-    mcore reads the common `step` out of them to describe what it is about to load; TransformerEngine's AdamW keeps
-    its step elsewhere and needs none of this.
+    mcore reads the common `step` out of them to describe them, and so wants one where a stage has nothing to train;
+    TransformerEngine's AdamW keeps its step elsewhere and needs none of this.
     """
     for part in optimizer.chained_optimizers:
         inner = None if part.is_stub_optimizer else part.optimizer
@@ -200,19 +204,29 @@ def allocate_states(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+        states: Any = inner.state
+        if not states:
+            states["no parameter"] = {"step": torch.zeros((), dtype=torch.float32)}
 
 
 def load_states(optimizer: Any, state: dict[Any, Any]) -> None:
     """Give the parts of an optimizer what a checkpoint holds for them.
+
+    Another layout may have had other parts: experts have one of their own under expert parallelism only. All parts are
+    equally old, and what else describes their groups follows from the recipe: the fully reshardable format needs no
+    more from the parts that were than their step and their loss scale.
 
     Two things of mcore 0.19 are worked around for torch AdamW: loading shares one `step` tensor among all
     parameters, which then counts once for each of them, and the fully reshardable format has no `step` to copy.
     """
     parts = optimizer.chained_optimizers
     states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
+    before = state if "optimizer" in state else state.get(0, {})  # the first part that was, if it had several
     for part, saved in zip(parts, states, strict=True):
         if part.is_stub_optimizer:
             continue
+        if before.get("param_state_sharding_type") == "fully_reshardable":
+            saved = saved | _as_groups_of(part, before)
         if not isinstance(part.optimizer, torch.optim.AdamW) or "param_state" not in saved:
             part.load_state_dict(saved)
             continue
@@ -225,6 +239,15 @@ def load_states(optimizer: Any, state: dict[Any, Any]) -> None:
         load_parameters(saved["param_state"])
         for key, step in steps.items():
             part.optimizer.state[key]["step"] = step.clone()
+
+
+def _as_groups_of(part: Any, before: dict[Any, Any]) -> dict[str, Any]:
+    """What belongs to no parameter in the state of a part that was, for the parameter groups of one that is."""
+    steps = [group["step"] for group in before["optimizer"]["param_groups"] if "step" in group]
+    age = {"step": steps[0]} if steps else {}
+    groups = [group | age for group in part.state_dict()["optimizer"]["param_groups"]]
+    kept = {key: before[key] for key in ("param_state_sharding_type", "grad_scaler") if key in before}
+    return kept | {"optimizer": {"param_groups": groups}}
 
 
 def build_scheduler(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from torch import distributed
 
 from models.contract.errors import ConfigError
@@ -194,8 +195,9 @@ def stage_of_chunk(chunk: int, ranks: Ranks) -> tuple[bool, bool]:
 
 
 def stop_distributed() -> None:
-    """Take the groups down, and the generators that go with them; does nothing when they never came up."""
+    """Take the groups down, and the generators and the log of experts that go with them, where they came up."""
     if distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         random_state.reset_tensor_parallel()
+        destroy_moe_metrics_tracker()  # it has a place for each layer of the model that was
         distributed.destroy_process_group()

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from models.common.batch import Batch
 from models.common.context_parallel import local_index
+from models.common.vision_split import item_bounds
 from models.contract.divergence import TraceHeader, trace_file
+from models.training.parallel import Ranks
 from models.training.progress import Run
 
 TRANSFORMERS_NAMES = (
@@ -176,9 +178,21 @@ def header_of(run: Run, batch: Batch) -> TraceHeader:
 
     return TraceHeader(
         iteration=run.progress.iteration + 1, engine=run.recipe.train.engine, dp_rank=ranks.dp_rank,
-        tp_rank=ranks.tp_rank, tp_size=ranks.layout["tp"], is_sequence_first=run.recipe.train.engine == "megatron",
-        is_sequence_parallel=parallel.sequence_parallel, columns=columns, row_length=length,
+        tp_rank=ranks.tp_rank, tp_size=ranks.layout["tp"], cp_rank=ranks.cp_rank,
+        is_sequence_first=run.recipe.train.engine == "megatron", is_sequence_parallel=parallel.sequence_parallel,
+        columns=columns, row_length=length,
         sample_keys=list(batch.sample_keys), sample_lengths=list(batch.sample_lengths),
         sample_places=places[: len(batch.sample_keys)],
-        vision_counts=owners(batch.vision_positions), audio_counts=owners(batch.audio_positions),
+        vision_counts=owners(_seen_here(batch, ranks)), audio_counts=owners(batch.audio_positions),
     )  # fmt: skip
+
+
+def _seen_here(batch: Batch, ranks: Ranks) -> Tensor | None:
+    """Places of the vision tokens that this rank's tower makes."""
+    if batch.vision_positions is None or batch.grid_thw is None:
+        return None
+    patches, cp = batch.grid_thw.prod(dim=1), ranks.layout["cp"]
+    ends = [0, *patches.cumsum(0).tolist()]
+    first, last = (ends[item] for item in item_bounds(patches, cp)[ranks.cp_rank : ranks.cp_rank + 2])
+    merge = ends[-1] // batch.vision_positions.numel()
+    return batch.vision_positions[first // merge : last // merge]

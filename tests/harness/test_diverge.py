@@ -26,7 +26,7 @@ from models.contract.record import (
 from suites.detection.synthetic import SyntheticRun, recipe_of
 
 HEADER = TraceHeader(
-    iteration=2, engine="megatron", dp_rank=0, tp_rank=0, tp_size=1, is_sequence_first=False,
+    iteration=2, engine="megatron", dp_rank=0, tp_rank=0, tp_size=1, cp_rank=0, is_sequence_first=False,
     is_sequence_parallel=False, columns=[0, 1], row_length=2, sample_keys=["x"], sample_lengths=[2],
     sample_places=[(0, 0)], vision_counts=[0], audio_counts=[0],
 )  # fmt: skip

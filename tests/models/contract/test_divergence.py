@@ -38,9 +38,10 @@ def write_rows(folder: Path, **changes: dict[int, Any]) -> Path:
 
 def header(**changes: Any) -> TraceHeader:
     fields = {
-        "iteration": 1, "engine": "megatron", "dp_rank": 0, "tp_rank": 0, "tp_size": 1, "is_sequence_first": True,
-        "is_sequence_parallel": False, "columns": [0, 1, 2, 3], "row_length": 4, "sample_keys": ["x", "y"],
-        "sample_lengths": [3, 4], "sample_places": [(0, 0), (1, 0)], "vision_counts": [2, 1], "audio_counts": [0, 0],
+        "iteration": 1, "engine": "megatron", "dp_rank": 0, "tp_rank": 0, "tp_size": 1, "cp_rank": 0,
+        "is_sequence_first": True, "is_sequence_parallel": False, "columns": [0, 1, 2, 3], "row_length": 4,
+        "sample_keys": ["x", "y"], "sample_lengths": [3, 4], "sample_places": [(0, 0), (1, 0)],
+        "vision_counts": [2, 1], "audio_counts": [0, 0],
     }  # fmt: skip
     return TraceHeader.model_validate(fields | changes)
 
@@ -120,6 +121,31 @@ def test_read_trace_joins_what_the_layout_cut(tmp_path: Path) -> None:
     for name, pieces in (("sp", sequence_parallel), ("cp", context_parallel)):
         other = read_trace(write_trace(tmp_path / name, *pieces), 1)
         assert {row.relative for row in distances(one, other)} == {0.0}
+
+
+def test_read_trace_joins_the_towers_of_context_parallel_ranks(tmp_path: Path) -> None:
+    # Pictures are dealt out, the second of x to rank 1; clips are heard by all, each has a part of the gradient.
+    tokens, clips = np.arange(3.0).reshape(3, 1), np.arange(2.0).reshape(2, 1)
+    counts: dict[str, Any] = {"audio_counts": [0, 2]}
+    names = ("forward|vision_model.merger", "forward|audio_model.layers.0", "backward|audio_model.layers.0")
+    whole = (header(**counts), dict(zip(names, (tokens, clips, clips), strict=True)))
+    shares = [
+        (
+            header(**counts, cp_rank=rank, tp_rank=twin, tp_size=2, vision_counts=seen),
+            dict(zip(names, (made, clips, clips * part), strict=True)),
+        )
+        for rank, seen, made, part in ((0, [1, 0], tokens[:1], 0.25), (1, [1, 1], tokens[1:], 0.75))
+        for twin in (0, 1)
+    ]
+    idle = (
+        header(**counts, cp_rank=2, vision_counts=[0, 0]),
+        {names[0]: np.ones((8, 1)), names[2]: clips * 0},
+    )
+    one = read_trace(write_trace(tmp_path / "one", whole), 1)
+    other = read_trace(write_trace(tmp_path / "cp", *shares, idle), 1)
+    assert {row.point: row.relative for row in distances(one, other)} == {
+        "vision_model.merger": 0.0, "audio_model.layers.0": 0.0,
+    }  # fmt: skip
 
 
 def test_read_trace_reads_packed_rows(tmp_path: Path) -> None:

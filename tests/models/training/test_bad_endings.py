@@ -22,6 +22,7 @@ from models.training.checkpoint import FOLDER, TRACKER_FILE
 from models.training.optimizer import check_optimizer
 from models.training.progress import TrainOptions
 from models.training.start import train
+from tests.models.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
@@ -159,6 +160,27 @@ def test_a_held_out_set_that_ends_too_soon_is_refused(
     with pytest.raises(DataError, match="held-out set is exhausted") as caught:
         train(recipe, site, tmp_path / "run", TrainOptions())
     assert "got:      16" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_held_out_set_that_ends_too_soon_on_one_rank_ends_all(
+    all_families: Site, trainer: Trainer, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    # Of the 16 samples 8 are short enough, 3 of the first rank and 5 of the second: its fourth batch would wait for
+    # the experts of the first, which is through.
+    recipe = make_recipe(
+        2,
+        model={"family": "qwen3_vl", "checkpoint": "tiny-qwen3_vl_moe"},
+        data={"seq_length": 56, "max_skipped_fraction": 1.0},
+        train={"micro_batch_size": 1, "eval_interval": 1, "eval_samples": 8},
+        parallel={"expert_model_parallel_size": 2},
+    )
+    trainer.start(recipe, tmp_path / "run", "--step-timeout", "60")
+    assert set(trainer.wait()) == {1}
+    outcome = read_run_info(tmp_path / "run").outcome
+    assert outcome.error is not None
+    assert "the held-out set is exhausted" in outcome.error
+    assert "got:      6" in outcome.error
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from models.contract.errors import ConfigError, HarnessError, RunError
 from models.contract.recipe import Recipe
@@ -295,6 +296,25 @@ def test_metrics_that_are_missing_are_told(
         f"{METRICS_FILE} lacks 2 of the 4 iterations before the checkpoint, iteration 3 first" in caplog.text
     )
     assert [row["iteration"] for row in rows_of(run)] == [1, 2, 5]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_goes_on_from_a_checkpoint_before_its_first_update(
+    engine: str,
+    site: Site,
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    rows_of: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = make_recipe(
+        train={"engine": engine, "train_iters": 3, "non_finite": "skip"}, checkpoint={"save_interval": 1}
+    )
+    with monkeypatch.context() as planted:  # as when a loss scale begins too high
+        planted.setattr(torch.nn.utils, "get_total_norm", lambda _: torch.tensor(float("inf")))
+        train(recipe, site, tmp_path / "run", TrainOptions(stop_after=1))
+    assert resume(recipe, site, tmp_path / "run") == "completed"
+    assert [row["num_skipped_iterations"] for row in rows_of(tmp_path / "run")] == [1, 0, 0]
 
 
 def test_a_completed_run_stays_so_whatever_it_is_resumed_with(

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 
 from models.contract.recipe import Recipe
+from models.contract.record import iter_metrics
 from models.contract.site import Site
 from models.training import random_state
 from models.training.progress import TrainOptions
@@ -32,3 +33,15 @@ def test_runs_leave_no_generators_behind(
     train(make_recipe(), site, tmp_path / "megatron", TrainOptions(stop_after=1))
     resumed = TrainOptions(stop_after=2, is_resume=True)
     assert train(fsdp2, site, tmp_path / "fsdp2", resumed) == "interrupted"
+
+
+def test_runs_leave_no_log_of_experts_behind(
+    all_families: Site, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """megatron-core's has a place for each layer of the first model."""
+    for num_layers in (2, 3):
+        model = {"family": "qwen3_vl", "checkpoint": "tiny-qwen3_vl_moe", "num_layers": num_layers}
+        train(make_recipe(model=model), all_families, tmp_path / str(num_layers), TrainOptions(stop_after=1))
+    train(make_recipe(), all_families, tmp_path / "dense", TrainOptions(stop_after=1))
+    rows = [next(iter_metrics(tmp_path / name)) for name in ("2", "3", "dense")]
+    assert [list(row["extra"]) for row in rows] == [["load_balancing_loss"], ["load_balancing_loss"], []]

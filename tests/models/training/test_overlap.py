@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exchanges that overlap with the passes: the short way through a layer waits and reports as the modules do."""
+"""Exchanges that overlap with the passes come in one order on all ranks; the short way waits and reports for them."""
 
 import os
 from contextlib import nullcontext
@@ -13,15 +13,28 @@ from torch import distributed, multiprocessing
 
 from models.contract.families import detect_family, family_part
 from models.contract.launcher import LauncherEnvironment
+from models.contract.record import iter_metrics
+from models.contract.site import Site
+from models.datasets.prepare.job import write_dataset
+from models.datasets.scenes import SceneKind, scene_at
+from models.datasets.shards import RawSample
 from models.parity.compare import load
 from models.parity.jobs import make_jobs
 from models.training.cpu import cpu_megatron
 from models.training.megatron_engine import MegatronEngine
 from models.training.parallel import start_megatron
+from models.training.progress import TrainOptions
+from models.training.start import train
 from tests.models.common.short_way import short_way_everywhere
-from tests.models.training.trainer import free_port
+from tests.models.training.trainer import Trainer, free_port
 
 NUM_RANKS, NUM_STEPS = 2, 3
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+MIXES: dict[str, dict[SceneKind, float]] = {
+    "qwen3_vl": {"text": 0.7, "caption": 0.15, "video": 0.15},
+    "qwen3_omni": {"text": 0.6, "caption": 0.1, "video": 0.1, "audio": 0.2},
+}
+"""Of the micro-batches of two ranks, some pairs have media on one rank only."""
 
 
 def steps_of_one_rank(rank: int, port: int, folder: Path) -> None:
@@ -49,6 +62,69 @@ def steps_of_one_rank(rank: int, port: int, folder: Path) -> None:
         torch.save((losses, weights), folder / f"rank{rank}.pt")
         parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def mixed(all_families: Site) -> Site:
+    """The site with samples most of which are text alone."""
+
+    for model, mix in MIXES.items():
+        scenes = [scene_at(index, split="train", mix=mix) for index in range(64)]
+        write_dataset(
+            Path(all_families.datasets) / f"mixed-{model}",
+            {"train": scenes},
+            lambda scene: RawSample(scene.key, scene.members()),
+            about={},
+            shard_size=16,
+        )
+    return all_families
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("model", "num_processes", "parallel", "freeze"),
+    [
+        pytest.param("qwen3_vl", 2, OVERLAP, [], id="dp2"),
+        pytest.param("qwen3_vl", 2, OVERLAP, ["language"], id="dp2-frozen-language", marks=pytest.mark.slow),
+        pytest.param(
+            "qwen3_vl", 4, OVERLAP | {"pipeline_model_parallel_size": 2}, [], id="pp2-dp2", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "qwen3_omni", 2, OVERLAP | {"expert_model_parallel_size": 2}, [], id="ep2", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "qwen3_omni", 2, {"expert_model_parallel_size": 2}, ["language"], id="ep2-frozen-language",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_ranks_with_and_without_media_exchange_in_one_order(
+    model: str,
+    num_processes: int,
+    parallel: dict[str, Any],
+    freeze: list[str],
+    mixed: Site,
+    trainer: Trainer,
+    make_recipe: Any,
+    tmp_path: Path,
+) -> None:
+    # In many buckets, as models that are not tiny have. Where each rank goes by its own passes, ranks exchange
+    # different buckets, or one waits for the other forever.
+    sections: dict[str, Any] = {
+        "model": {"family": model, "checkpoint": f"tiny-{model}", "freeze": freeze},
+        "data": {"dataset": f"mixed-{model}", "seq_length": 512},
+        "train": {"micro_batch_size": 1, "global_batch_size": 8},
+    }
+    train(make_recipe(**sections), mixed, tmp_path / "alone", TrainOptions(stop_after=4))
+    together = make_recipe(num_processes, parallel=parallel, **sections)
+    trainer.start(
+        together, tmp_path / "together", "--stop-after", "4", "--step-timeout", "60", fault="small-buckets"
+    )
+    assert set(trainer.wait()) == {0}, (tmp_path / "together.rank0.log").read_text()[-2000:]
+    ours, theirs = (list(iter_metrics(tmp_path / name)) for name in ("together", "alone"))
+    assert [row["sample_digest"] for row in ours] == [row["sample_digest"] for row in theirs]
+    for column in ("lm_loss", "grad_norm"):
+        assert [row[column] for row in ours] == pytest.approx([row[column] for row in theirs], rel=2e-5)
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ class Layout:
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 MOE = {"family": "qwen3_vl", "checkpoint": "tiny-qwen3_vl_moe"}
 LAYOUTS = {
     "megatron": Layout(engine="megatron"),
@@ -58,11 +59,15 @@ LAYOUTS = {
     "megatron-tp2": Layout(engine="megatron", num_processes=2, parallel=TP2),
     "megatron-pp2-async": Layout(engine="megatron", num_processes=2, parallel=PP2, is_async=True),
     "megatron-moe-ep2": Layout(engine="megatron", num_processes=2, parallel=EP2, model=MOE),
+    "megatron-cp2": Layout(engine="megatron", num_processes=2, parallel=CP2),
+    "megatron-moe-ep2-cp2-async": Layout(
+        engine="megatron", num_processes=4, parallel=EP2 | CP2, is_async=True, model=MOE
+    ),
     "fsdp2": Layout(engine="fsdp2"),
     "fsdp2-dp2": Layout(engine="fsdp2", num_processes=2),
     "fsdp2-dp2-async": Layout(engine="fsdp2", num_processes=2, is_async=True),
 }
-"""Four kills each: 32 kill points."""
+"""Four kills each: 40 kill points."""
 
 
 def last_row(run: Path, rows_of: Rows) -> int:
@@ -176,34 +181,47 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
 
 
+ONE: dict[str, int] = {}
+MOVES: dict[str, tuple[str, tuple[int, dict[str, int]], tuple[int, dict[str, int]], dict[str, Any]]] = {
+    "megatron-dp1-dp2": ("megatron", (1, ONE), (2, ONE), {}),
+    "megatron-dp2-dp1": ("megatron", (2, ONE), (1, ONE), {}),
+    "megatron-tp2-pp2": ("megatron", (2, TP2), (2, PP2), {}),
+    "megatron-tp2-one": ("megatron", (2, TP2), (1, ONE), {}),
+    "megatron-one-cp2": ("megatron", (1, ONE), (2, CP2), {}),
+    "megatron-cp2-tp2": ("megatron", (2, CP2), (2, TP2), {}),
+    "megatron-vpp2-pp2": (
+        "megatron", (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}), (2, PP2), {}
+    ),
+    "megatron-frozen-pp2-one": ("megatron", (2, PP2), (1, ONE), {"freeze": ["language"]}),
+    "megatron-moe-pp2-ep2": ("megatron", (2, PP2), (2, EP2), MOE),
+    "megatron-moe-ep2-cp2-one": ("megatron", (2, EP2 | CP2), (1, ONE), MOE),
+    "megatron-moe-frozen-one-ep2": ("megatron", (1, ONE), (2, EP2), MOE | {"freeze": ["language"]}),
+    "fsdp2-dp1-dp2": ("fsdp2", (1, ONE), (2, ONE), {}),
+    "fsdp2-dp2-dp1": ("fsdp2", (2, ONE), (1, ONE), {}),
+}  # fmt: skip
+"""Engine, layout before, layout after, what is trained."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "before", "after"),
-    [
-        pytest.param("megatron", (1, 1, 1), (2, 1, 1), id="megatron-dp1-dp2"),
-        pytest.param("megatron", (2, 1, 1), (1, 1, 1), id="megatron-dp2-dp1"),
-        pytest.param("megatron", (2, 2, 1), (2, 1, 2), id="megatron-tp2-pp2"),
-        pytest.param("megatron", (2, 2, 1), (1, 1, 1), id="megatron-tp2-one"),
-        pytest.param("fsdp2", (1, 1, 1), (2, 1, 1), id="fsdp2-dp1-dp2"),
-        pytest.param("fsdp2", (2, 1, 1), (1, 1, 1), id="fsdp2-dp2-dp1"),
-    ],
-)
+@pytest.mark.parametrize("move", MOVES)
 def test_resume_at_another_layout_sees_the_same_samples(
-    engine: str,
-    before: tuple[int, int, int],
-    after: tuple[int, int, int],
+    move: str,
+    all_families: Site,
     trainer: Trainer,
     make_recipe: MakeRecipe,
     tmp_path: Path,
     rows_of: Rows,
 ) -> None:
-    def recipe_at(layout: tuple[int, int, int]) -> Recipe:
-        processes, tp, pp = layout
+    engine, before, after, model = MOVES[move]
+
+    def recipe_at(layout: tuple[int, dict[str, int]]) -> Recipe:
+        processes, parallel = layout
         return make_recipe(
             processes,
+            model=model,
             train={"engine": engine, "train_iters": 8},
             data={"padding": "max_length"},
-            parallel={"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+            parallel=parallel,
             checkpoint={"save_interval": 4, "resharding": "any"},
         )
 

@@ -16,6 +16,7 @@ from models.contract.site import Site
 from models.training.progress import TrainOptions
 from models.training.start import train
 from models.training.trace import record, transformers_points
+from tests.models.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -40,6 +41,47 @@ def test_engines_agree_at_every_point(family: str, all_families: Site, traced: C
     megatron = traced("megatron", **same)
     found = distances(megatron, traced("fsdp2", **same, train={"engine": "fsdp2"}))
     assert len(found) == len(megatron) > 50
+    assert max(row.relative for row in found) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_omni"])
+@pytest.mark.parametrize(
+    ("num_processes", "parallel"),
+    [
+        pytest.param(2, {"context_parallel_size": 2}, id="cp2"),
+        pytest.param(
+            4,
+            {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+            id="cp2-tp2sp",
+        ),
+        pytest.param(2, {"pipeline_model_parallel_size": 2}, id="pp2"),
+    ],
+)
+def test_layouts_agree_at_every_point(
+    num_processes: int, parallel: dict[str, Any], family: str, all_families: Site, traced: Callable[..., Trace],
+    trainer: Trainer, make_recipe: MakeRecipe, tmp_path: Path,
+) -> None:  # fmt: skip
+    # Two pictures in a row, or pictures and sound. Of stated length: a router balances padding too.
+    same: dict[str, Any] = {
+        "model": {"family": family, "checkpoint": f"tiny-{family}"},
+        "data": {
+            "dataset": "fixed-shapes", "packing": True, "seq_length": 256,
+            "fixed_shapes": {"samples": 2, "images": 2, "image_size": 224},
+        },
+        "train": {"micro_batch_size": 1},
+    }  # fmt: skip
+    if family == "qwen3_omni":
+        same |= {"data": {"dataset": "scenes-audio", "seq_length": 256, "padding": "max_length"}, "train": {}}
+    same["data"] |= {"padding": "max_length"}
+    alone = traced("alone", **same)
+    together = tmp_path / "together"
+    trainer.run(
+        make_recipe(num_processes, parallel=parallel, **same), together, "--stop-after", "2", "--trace", "2"
+    )
+    found = distances(alone, read_trace(together, 2))
+    assert len(found) == len(alone) > 50
+    # Measured worst: 3e-6.
     assert max(row.relative for row in found) < 2e-5
 
 

@@ -47,7 +47,17 @@ def fail_at_the_second_update(rank: int) -> None:
     loop.guarded_update = failing_update
 
 
-FAULTS = {"hang": hang_at_the_second_update, "fail": fail_at_the_second_update}
+def cut_small_buckets(rank: int) -> None:
+    """No fault: data parallelism exchanges in many parts, as it does with models that are not tiny."""
+    from models.training import optimizer
+
+    config = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = lambda **fields: config(**fields, bucket_size=20_000)
+
+
+FAULTS = {
+    "hang": hang_at_the_second_update, "fail": fail_at_the_second_update, "small-buckets": cut_small_buckets,
+}  # fmt: skip
 
 
 def be_rank(job: dict, rank: int) -> int:
