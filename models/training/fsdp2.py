@@ -92,9 +92,8 @@ class Fsdp2Engine:
         return UpdateResult(is_updated=is_updated, grad_norm=grad_norm, learning_rate=self.learning_rate())
 
     def learning_rate(self) -> float:
-        """Rate of the parameters without a multiplier, after the schedule's last step."""
-        plain = [group["lr"] for group in self.optimizer.param_groups if group["lr_mult"] == 1.0]
-        return float(plain[0]) if plain else self.recipe.optimizer.lr
+        """Rate of parameters without a multiplier after the schedule's last step, whether or not there are any."""
+        return float(self.scheduler.get_lr({}))
 
     def discard(self) -> None:
         """Drop the gradients of this step."""

@@ -123,7 +123,7 @@ def test_a_layout_trains_as_one_process_does(
     num_processes, parallel = (LAYOUTS | EXPERT_LAYOUTS | CHOSEN_LAYOUTS)[layout]
     sections = FORMS[form] | {"model": MODELS[model] | FORMS[form].get("model", {})}
     if model == "qwen3_omni":
-        sections["data"] = {"dataset": "scenes-audio", "seq_length": 256} | sections.get("data", {})
+        sections["data"] = {"dataset": "scenes-audio", "seq_length": 320} | sections.get("data", {})
     if model in EXPERTS and form != "packed":
         # The router's loss is a mean over padding too, and layouts align the longest row to other multiples.
         sections["data"] = sections.get("data", {}) | {"padding": "max_length"}

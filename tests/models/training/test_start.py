@@ -171,13 +171,16 @@ def test_engines_agree_step_by_step(
         assert ("load_balancing_loss" in b["extra"]) == (checkpoint in ("qwen3_vl_moe", "qwen3_omni"))
 
 
+@pytest.mark.parametrize("engine", ["megatron", "fsdp2"])
 def test_the_logged_rate_is_the_schedules_where_every_group_has_a_multiplier(
-    site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
+    engine: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
 ) -> None:
     # Frozen, the decoder has no parameters at the plain rate.
     for freeze in ([], ["language"]):
         recipe = make_recipe(
-            model={"freeze": freeze}, optimizer={"vision_lr_mult": 0.1, "projector_lr_mult": 3.0}
+            model={"freeze": freeze},
+            train={"engine": engine},
+            optimizer={"vision_lr_mult": 0.1, "projector_lr_mult": 3.0},
         )
         train(recipe, site, tmp_path / str(len(freeze)), TrainOptions(stop_after=4))
     plain, frozen = ([row["learning_rate"] for row in rows_of(tmp_path / name)] for name in ("0", "1"))
