@@ -47,12 +47,19 @@ def test_the_program_measures_every_device(num_processes: int, tmp_path: Path) -
     assert {item.name for item in tmp_path.iterdir()} == {"sentinel-before.json", "sentinel-after.json"}
 
 
-@pytest.mark.parametrize("program", ["raise SystemExit('no devices here')", "import time; time.sleep(60)"])
+@pytest.mark.parametrize(
+    ("program", "limit_s"),
+    [("raise SystemExit('no devices here')", 300.0), ("import time; time.sleep(60)", 0.5)],
+)
 def test_a_measurement_that_fails_leaves_its_words_and_no_file(
-    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    program: str,
+    limit_s: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(sentinel, "torchrun_command", lambda *_: [sys.executable, "-c", program])
-    monkeypatch.setattr(sentinel, "STARTING_S", 0.5)
+    monkeypatch.setattr(sentinel, "STARTING_S", limit_s)
     measure_machine(case_of("cpu"), tmp_path, "before", seconds=0.1)
     assert not sentinel_file(tmp_path, "before").exists()
     [log] = tmp_path.iterdir()
