@@ -60,6 +60,7 @@ def check(
         assert not result["missing"], result
 
 
+@pytest.mark.slow  # by default trained: tests/models/training/test_layouts.py
 def test_deepstack_travels_and_sequence_parallel_agrees(tmp_path: Path) -> None:
     check("qwen3_vl", {"tp sp": SP, "pp 1+3": UNEVEN}, tmp_path, cases=("mixed", "text"))
 

@@ -47,7 +47,7 @@ def all_families(site: Site) -> Site:
     return site
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trainer(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     """Starts runs of several processes."""
     found = Trainer(site, tmp_path_factory.mktemp("trainer"))

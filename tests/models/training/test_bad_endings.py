@@ -63,6 +63,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
     assert (outcome.status, outcome.iteration) == ("failed", rows[-1]["iteration"])
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_at_a_loss_that_is_not_finite_goes_on_without_it_as_its_message_says(
     poisoned: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
 ) -> None:
@@ -184,7 +185,11 @@ def test_a_held_out_set_that_ends_too_soon_on_one_rank_ends_all(
 
 
 @pytest.mark.parametrize(
-    "file", [pytest.param("metrics.jsonl", id="metrics"), pytest.param("run.json", id="outcome")]
+    "file",
+    [
+        pytest.param("metrics.jsonl", id="metrics"),
+        pytest.param("run.json", id="outcome", marks=pytest.mark.slow),
+    ],
 )
 def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_space(
     file: str,

@@ -245,7 +245,10 @@ def test_optimizer_states_of_another_resharding_or_layout_are_refused(
     assert (caught.value.expected, caught.value.got) == ("tp = 1, pp = 1", "tp = 2, pp = 4")
 
 
-@pytest.mark.parametrize(("engine", "is_async"), [("megatron", False), ("megatron", True), ("fsdp2", True)])
+@pytest.mark.parametrize(
+    ("engine", "is_async"),
+    [pytest.param("megatron", False, marks=pytest.mark.slow), ("megatron", True), ("fsdp2", True)],
+)
 def test_a_run_that_was_set_back_keeps_what_it_saves(
     engine: str, is_async: bool, stopped: Any, site: Site, make_recipe: MakeRecipe, rows_of: Rows
 ) -> None:
@@ -328,7 +331,7 @@ def test_a_completed_run_stays_so_whatever_it_is_resumed_with(
     assert (run / RUN_FILE).read_text() == before
 
 
-@pytest.mark.parametrize("name", [FILES_FILE, TRACKER_FILE])
+@pytest.mark.parametrize("name", [pytest.param(FILES_FILE, marks=pytest.mark.slow), TRACKER_FILE])
 def test_a_checkpoint_that_cannot_be_published_ends_the_run_and_keeps_the_one_before(
     name: str, stopped: Any, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

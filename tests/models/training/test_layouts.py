@@ -78,7 +78,8 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
 QUICK = {
     ("qwen2_5_vl", "cp2", "rows"),
     ("qwen3_vl", "cp2", "packed"),
-    ("qwen2_5_vl", "pp2-vpp2", "long-rows"),
+    ("qwen3_vl", "pp2-first1", "long-rows"),  # deepstack features travel
+    ("qwen3_vl", "tp2sp", "rows"),
 }
 """Of the default run."""
 EVERYWHERE = ("rows", "rows-per-sample", "packed")

@@ -68,10 +68,10 @@ def test_train_refuses_a_directory_that_holds_a_run(
     ("engine", "checkpoint"),
     [
         pytest.param("megatron", {"resharding": "data"}, id="megatron-data"),
-        pytest.param("megatron", {"resharding": "any"}, id="megatron-any"),
+        pytest.param("megatron", {"resharding": "any"}, id="megatron-any", marks=pytest.mark.slow),
         pytest.param("megatron", {"resharding": "any", "async_save": True}, id="megatron-async"),
         pytest.param("fsdp2", {}, id="fsdp2"),
-        pytest.param("fsdp2", {"async_save": True}, id="fsdp2-async"),
+        pytest.param("fsdp2", {"async_save": True}, id="fsdp2-async", marks=pytest.mark.slow),
     ],
 )
 def test_resume_repeats_the_uninterrupted_run_to_the_bit(
@@ -206,7 +206,7 @@ def test_micro_batching_changes_no_number(
 @pytest.mark.parametrize(
     ("engine", "is_async"),
     [
-        ("megatron", True),
+        pytest.param("megatron", True, marks=pytest.mark.slow),
         ("fsdp2", False),
         pytest.param("megatron", False, marks=pytest.mark.slow),
         pytest.param("fsdp2", True, marks=pytest.mark.slow),
