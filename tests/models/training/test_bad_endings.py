@@ -184,12 +184,9 @@ def test_a_held_out_set_that_ends_too_soon_on_one_rank_ends_all(
     assert "got:      6" in outcome.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "file",
-    [
-        pytest.param("metrics.jsonl", id="metrics"),
-        pytest.param("run.json", id="outcome", marks=pytest.mark.slow),
-    ],
+    "file", [pytest.param("metrics.jsonl", id="metrics"), pytest.param("run.json", id="outcome")]
 )
 def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_space(
     file: str,

@@ -69,7 +69,9 @@ def test_train_refuses_a_directory_that_holds_a_run(
     [
         pytest.param("megatron", {"resharding": "data"}, id="megatron-data"),
         pytest.param("megatron", {"resharding": "any"}, id="megatron-any", marks=pytest.mark.slow),
-        pytest.param("megatron", {"resharding": "any", "async_save": True}, id="megatron-async"),
+        pytest.param(
+            "megatron", {"resharding": "any", "async_save": True}, id="megatron-async", marks=pytest.mark.slow
+        ),
         pytest.param("fsdp2", {}, id="fsdp2"),
         pytest.param("fsdp2", {"async_save": True}, id="fsdp2-async", marks=pytest.mark.slow),
     ],
