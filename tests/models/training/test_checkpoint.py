@@ -247,7 +247,11 @@ def test_optimizer_states_of_another_resharding_or_layout_are_refused(
 
 @pytest.mark.parametrize(
     ("engine", "is_async"),
-    [pytest.param("megatron", False, marks=pytest.mark.slow), ("megatron", True), ("fsdp2", True)],
+    [
+        pytest.param("megatron", False, marks=pytest.mark.slow),
+        pytest.param("megatron", True, marks=pytest.mark.slow),
+        ("fsdp2", True),
+    ],
 )
 def test_a_run_that_was_set_back_keeps_what_it_saves(
     engine: str, is_async: bool, stopped: Any, site: Site, make_recipe: MakeRecipe, rows_of: Rows

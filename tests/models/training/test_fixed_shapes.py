@@ -90,6 +90,7 @@ def test_a_row_of_one_sample_is_not_packed(
     assert row["num_real_tokens"] == 2 * 96
 
 
+@pytest.mark.slow
 def test_resume_repeats_the_uninterrupted_run_to_the_bit(
     configs: Site, tmp_path: Path, rows_of: Rows
 ) -> None:

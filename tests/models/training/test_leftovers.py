@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from models.contract.recipe import Recipe
 from models.contract.record import iter_metrics
@@ -22,6 +23,7 @@ def test_runs_leave_no_threads_behind(site: Site, make_recipe: Callable[..., Rec
     assert counts[1] - counts[0] < 10  # a run has about fifty threads of process groups
 
 
+@pytest.mark.slow
 def test_runs_leave_no_generators_behind(
     site: Site, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -35,6 +37,7 @@ def test_runs_leave_no_generators_behind(
     assert train(fsdp2, site, tmp_path / "fsdp2", resumed) == "interrupted"
 
 
+@pytest.mark.slow
 def test_runs_leave_no_log_of_experts_behind(
     all_families: Site, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
