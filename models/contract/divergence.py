@@ -176,9 +176,8 @@ def _by_sample(
         ):
             yield key, rows[row, start : start + length]
         return
-    shares = {
-        header.cp_rank: (header, tensor) for header, tensor in pieces
-    }  # tensor-parallel ranks have the same
+    # Tensor-parallel ranks have the same.
+    shares = {header.cp_rank: (header, tensor) for header, tensor in pieces}
     if point.startswith("vision_model."):
         dealt = [_cut(*shares[rank], shares[rank][0].vision_counts) for rank in sorted(shares)]
         for key in pieces[0][0].sample_keys:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harness import session
 from harness.cases import Case, cases_of_folder
+from harness.launch import Attempt, LaunchResult
 from harness.records import RunRecord, load_record
 from harness.report.collect import GRADING_FILE, VERDICT_FILE
 from harness.session import (
@@ -94,3 +97,45 @@ def test_shipped_control_recipes_have_a_partner() -> None:
     assert controls
     for control in controls:
         assert {**control, "data": {**control["data"], "blank_images": False}} in recipes
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "expected"),
+    [
+        (2.0, "completed", ["before 2.0", "launch", "after 2.0"]),
+        (2.0, "result", ["before 2.0", "launch"]),  # it has failed: nothing to hold its times to
+        (None, "completed", ["before 0.0", "launch", "after 0.0"]),  # 0: not at all
+    ],
+)
+def test_the_machine_is_measured_around_a_run(
+    asked: float | None,
+    kind: Any,
+    expected: list[str],
+    case: Case,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def launched(_: Case, run_dir: Path, **__: object) -> LaunchResult:
+        calls.append("launch")
+        write_synthetic_run(run_dir, SyntheticRun(train_iters=60))
+        attempt = Attempt(
+            number=1, started_at="", duration_s=1.0, exit_code=0, kind=kind, phase="done", last_iteration=60, reason="",
+            directory=".",
+        )  # fmt: skip
+        return LaunchResult(run_dir=run_dir, attempts=(attempt,))
+
+    def measured(_: Case, __: Path, when: str, *, seconds: float, **___: object) -> None:
+        calls.append(f"{when} {seconds}")
+
+    monkeypatch.setattr(session, "ensure_inputs", lambda *_: None)
+    monkeypatch.setattr(session, "launch_case", launched)
+    monkeypatch.setattr(session, "measure_machine", measured)
+    options = SessionOptions(run_root=tmp_path / "runs", sentinel_s=asked)
+    session.run_case(case, options, use_baseline=False)
+    assert calls == expected
+    calls.clear()
+    with pytest.raises(RunError, match="already holds a run"):
+        session.run_case(case, options, use_baseline=False)
+    assert calls == []  # the run that is there keeps what was measured beside it

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def more_samples(file: Path, count: int = 3) -> None:
 
 
 def test_what_is_sampled_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = FakeDevice(), FakeDevice(sm_clock=None, power_limit_mw=500_000)
+    devices = FakeDevice(), FakeDevice(sm_clock=None, power_limit_mw=500_000, ecc=7)  # errors of another run
     file = telemetry_file(tmp_path)
     with nvml_of(monkeypatch, *devices), telemetry_recorded(tmp_path, num_devices=2, **FAST):
         more_samples(file)
@@ -113,9 +114,12 @@ def test_an_attempt_that_is_set_aside_takes_its_samples_along(
 
 
 def test_a_cpu_is_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with nvml_of(monkeypatch, FakeDevice()), devices_watched("cpu", tmp_path, 1, {}, 0):
-        pass
-    assert not read_machine(tmp_path)
+    def is_watched(hardware: str) -> bool:
+        with devices_watched(hardware, tmp_path, 1, {}, 0):
+            return "telemetry" in [thread.name for thread in threading.enumerate()]
+
+    with nvml_of(monkeypatch, FakeDevice()):
+        assert (is_watched("h200"), is_watched("cpu")) == (True, False)
 
 
 def test_other_nodes_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
