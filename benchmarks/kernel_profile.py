@@ -43,7 +43,7 @@ def _on_device(events: Iterable[Any]) -> list[Any]:
     return [
         event
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.key
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
 
 

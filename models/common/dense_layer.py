@@ -212,7 +212,7 @@ class _AfterAttention(torch.autograd.Function):
         proj, proj_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias = ctx.parameters
         shape = grad_outputs[0].shape
         d_out = grad_outputs[0].contiguous().view(rows.shape)
-        d_fc2 = weight_gradient(fc2, d_out, activated[:, : fc2.shape[1]])
+        d_fc2 = weight_gradient(fc2, d_out, activated)
         d_inner = _activation_backward(d_out @ _padded(fc2, activated.shape[1]), inner, ctx.activation)
         d_fc1 = weight_gradient(fc1, d_inner, normed)
         d_middle, d_norm_weight, d_norm_bias = norm_backward(

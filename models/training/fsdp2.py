@@ -78,8 +78,7 @@ class Fsdp2Engine:
         gradients = [
             p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = _total_norm(gradients, self.ranks.device)
         grad_norm = float(norm)
         is_updated = math.isfinite(grad_norm)
         if is_updated:
@@ -189,6 +188,17 @@ class Fsdp2Engine:
             loss=float(torch.stack(sums).sum()),
             denominator=float(sum(loss_weights(batch, reduction)[1] for batch in batches)),
         )
+
+
+def _total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """Norm over the shards of all ranks, a float32 number on `device`.
+
+    Only the device's own backend connects the ranks: what is offloaded cannot be added up where it lies.
+    """
+    shards = [part.to_local() if isinstance(part, DTensor) else part for part in gradients]
+    square = nn.utils.get_total_norm(shards).to(device, torch.float64) ** 2
+    distributed.all_reduce(square)
+    return square.sqrt().float()
 
 
 def device_patches() -> AbstractContextManager[tuple[str, ...]]:

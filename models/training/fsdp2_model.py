@@ -44,10 +44,11 @@ def build_sharded(recipe: Recipe, architecture: Architecture, folder: Path, rank
         full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offloads
     )
     dcp_state.set_model_state_dict(model, whole, options=options)
-    for name, buffer in model.named_buffers():  # rotary frequencies are in no checkpoint
+    for name, buffer in list(model.named_buffers()):  # rotary frequencies are in no checkpoint
         on_device = (buffers[name] if ranks.rank == 0 else torch.empty_like(buffer)).to(ranks.device)
         distributed.broadcast(on_device, 0)
-        buffer.copy_(on_device)
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = on_device  # only parameters are offloaded
     return model
 
 

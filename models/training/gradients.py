@@ -50,15 +50,22 @@ def gradient_norm(optimizer: Any, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def clip_gradients(optimizer: Any, norm: float) -> None:
-    """Scale all gradients down where their norm is larger than the optimizer's `clip_grad`."""
+def scale_gradients(optimizer: Any, scale: float, norm: float) -> None:
+    """Multiply all gradients by `scale`, and down to the optimizer's `clip_grad` where they are larger, in one pass.
+
+    Args:
+        optimizer: Megatron's, gradients prepared.
+        scale: What makes a mean of sums.
+        norm: Of the scaled gradients.
+    """
     for part in optimizer.chained_optimizers:
-        if part.is_stub_optimizer or part.config.clip_grad <= 0:
+        if part.is_stub_optimizer:
             continue
-        coefficient = part.config.clip_grad / (norm + 1e-6)
+        limit = part.config.clip_grad
+        factor = scale * min(1.0, limit / (norm + 1e-6)) if limit > 0 else scale
         gradients = _main_gradients(part)
-        if coefficient < 1.0 and gradients:
-            torch._foreach_mul_(gradients, coefficient)
+        if factor != 1.0 and gradients:
+            torch._foreach_mul_(gradients, factor)
 
 
 def _main_gradients(part: Any) -> list[Tensor]:

@@ -28,7 +28,7 @@ from models.training import optimizer as optimizers
 from models.training import random_state
 from models.training.cpu import cpu_megatron
 from models.training.engine import LossSums, UpdateResult
-from models.training.gradients import clip_gradients, gradient_norm, prepare_gradients
+from models.training.gradients import gradient_norm, prepare_gradients, scale_gradients
 from models.training.initial_weights import load_initial_weights
 from models.training.loss import loss_weights
 from models.training.overlap import finish_gathers, start_gathers
@@ -54,6 +54,7 @@ class MegatronEngine:
         self.optimizer: Any = None
         self._async_calls = AsyncCallsQueue()
         self._auxiliary_scale = 1.0
+        self._denominator = 1.0
         self.scheduler: Any = None
 
     def prepare(self) -> None:
@@ -76,8 +77,9 @@ class MegatronEngine:
     ) -> LossSums:
         """Gradients of one global batch from this rank's micro-batches."""
         self.discard()
-        # The router multiplies its loss by the tokens it saw, and finalize_model_grads divides everything by the
-        # loss's denominator: this turns the sum into a mean over the padded tokens of the global batch.
+        self._denominator = max(denominator, 1.0)
+        # The router multiplies its loss by the tokens it saw, and the update divides everything by the loss's
+        # denominator: this turns the sum into a mean over the padded tokens of the global batch.
         self._auxiliary_scale = denominator / num_padded_tokens
         tracker = get_moe_metrics_tracker()
         tracker.clear()
@@ -91,10 +93,11 @@ class MegatronEngine:
         """Clip, step the optimizer and the schedule."""
         loss_scale = float(self.optimizer.get_loss_scale())
         has_overflow = prepare_gradients(self.optimizer)
-        grad_norm = math.nan if has_overflow else gradient_norm(self.optimizer, self.ranks.device)
+        scale = 1.0 / self._denominator
+        grad_norm = math.nan if has_overflow else scale * gradient_norm(self.optimizer, self.ranks.device)
         is_updated = math.isfinite(grad_norm)
         if is_updated:
-            clip_gradients(self.optimizer, grad_norm)
+            scale_gradients(self.optimizer, scale, grad_norm)
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(1)
         return UpdateResult(
@@ -296,11 +299,16 @@ def _num_moe_layers(config: Any) -> int:
     return sum(config.moe_layer_freq) if config.num_moe_experts else 0
 
 
+def _sum_gradients(chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Sums over all ranks: the update divides them as it clips, with one pass over all gradients instead of two."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
 def _connect(config: Any, recipe: Recipe, chunks: list[Any], optimizer: Any) -> None:
     """Tell mcore's schedules what to call; without `finalize_model_grads` tensor-parallel ranks drift apart."""
     config.calculate_per_token_loss = True
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _sum_gradients
     if recipe.parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]

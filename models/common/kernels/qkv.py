@@ -211,7 +211,9 @@ def _turn_backward(
     gradient, source, target, weight, gradient_stride, stride, rows, lanes, inside, cos, sin, eps, d_first, d_second,
     HALF: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of one head; `d_first` and `d_second` are what the norm's weight got so far, [BLOCK]."""
+    """Writes the gradient of one head; `d_first` and `d_second` are what the norm's weight got so far, a tile: rows are
+    summed once at the end, as warps wait for each other there.
+    """
     places = _tile(gradient, gradient_stride, rows, lanes)
     upper = tl.load(places, inside, 0.0).to(tl.float32)
     lower = tl.load(places + HALF, inside, 0.0).to(tl.float32)
@@ -222,8 +224,8 @@ def _turn_backward(
         x2 = tl.load(places + HALF, inside, 0.0).to(tl.float32)
         scale = _inverse_rms(x1, x2, eps, HALF)
         x1, x2 = x1 * scale, x2 * scale
-        d_first += tl.sum(first * x1, axis=0)
-        d_second += tl.sum(second * x2, axis=0)
+        d_first += first * x1
+        d_second += second * x2
         first = first * tl.load(weight + lanes, lanes < HALF, 0.0).to(tl.float32)[None, :]
         second = second * tl.load(weight + HALF + lanes, lanes < HALF, 0.0).to(tl.float32)[None, :]
         along = tl.sum(first * x1 + second * x2, axis=1)[:, None] / (2 * HALF)
@@ -248,7 +250,7 @@ def _split_backward(
     d = 2 * HALF
     stride = num_groups * (QUERIES + 2) * d
     offset = group * (QUERIES + 2) * d
-    zeros = tl.zeros([BLOCK], dtype=tl.float32)
+    zeros = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     d_first, d_second = zeros, zeros
     for head in range(QUERIES):
         d_first, d_second = _turn_backward(
@@ -267,7 +269,7 @@ def _split_backward(
     tl.store(targets + HALF, tl.load(places + HALF, inside, 0.0), inside)
     if HAS_NORM:
         out = d_weights + (tl.program_id(0) * num_groups + group) * 2 * d + lanes
-        tl.store(out, d_first, lanes < HALF)
-        tl.store(out + HALF, d_second, lanes < HALF)
-        tl.store(out + d, d_first_key, lanes < HALF)
-        tl.store(out + d + HALF, d_second_key, lanes < HALF)
+        tl.store(out, tl.sum(d_first, axis=0), lanes < HALF)
+        tl.store(out + HALF, tl.sum(d_second, axis=0), lanes < HALF)
+        tl.store(out + d, tl.sum(d_first_key, axis=0), lanes < HALF)
+        tl.store(out + d + HALF, tl.sum(d_second_key, axis=0), lanes < HALF)
