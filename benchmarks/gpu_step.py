@@ -38,7 +38,8 @@ from models.datasets.fixed_shapes import RowShape, fixed_batch
 from models.training.cpu import cpu_megatron
 from models.training.device_rates import MatmulRate, matmul_rate
 from models.training.megatron_engine import MegatronEngine
-from models.training.parallel import Ranks, pick_device, start_megatron, stop_distributed
+from models.training.parallel import Ranks, start_megatron, stop_distributed
+from models.training.processes import pick_device
 
 SUSTAINED_SECONDS = 8.0
 """After the first tenths of a second a GPU at its power limit lowers its clock: an H200 from 780 to 670 TFLOP/s."""

@@ -41,7 +41,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 HTML_FILES: dict[Language, str] = {"en": "report.html", "zh": "report.zh-CN.html"}
 MARKDOWN_FILES: dict[Language, str] = {"en": "report.md", "zh": "report.zh-CN.md"}
 JSON_FILE = "report.json"
-_SPEED_COLUMNS = ("step_time", "padded", "real", "megatron_tflops", "model_tflops", "mfu", "ceiling_share")
+_SPEED_COLUMNS = (
+    "step_time",
+    "padded",
+    "real",
+    "megatron_tflops",
+    "model_tflops",
+    "mfu",
+    "ceiling_share",
+    "sustained_share",
+)
 _TONE_OF_OUTCOME = {"passed": "good", "failed": "bad", "killed": "bad", "skipped": "warn"}
 
 
@@ -190,7 +199,7 @@ def _speed_row(entry: Entry) -> Row | None:
         (speed.step_time_ms, "{:,.0f} ms"), (speed.padded_tokens_per_second, "{:,.0f}"),
         (speed.real_tokens_per_second, "{:,.0f}"), (speed.megatron_tflops, "{:,.4g}"),
         (speed.model_tflops, "{:,.4g}"), (speed.mfu, "{:.1%}"),
-        (speed.ceiling_share, "{:.1%}"),
+        (speed.ceiling_share, "{:.1%}"), (speed.sustained_share, "{:.1%}"),
     )  # fmt: skip
     return {
         "name": entry.name, "anchor": anchor(entry), "layout": layout_text(entry),

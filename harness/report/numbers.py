@@ -48,7 +48,9 @@ class Throughput:
     mfu: float | None = None
     """model_tflops over the dense bf16 peak of the hardware class."""
     ceiling_share: float | None = None
-    """model_tflops over the matrix product that was measured beside the run."""
+    """model_tflops over the fastest matrix product that was measured beside the run."""
+    sustained_share: float | None = None
+    """model_tflops over the matrix product that the device keeps up: its power limit lowers both rates."""
     peak_memory_gib: float | None = None
 
 
@@ -73,9 +75,22 @@ def values(series: pd.DataFrame, column: str) -> np.ndarray:
 
 
 def throughput(
-    series: pd.DataFrame, *, world_size: int, hardware: str | None, ceiling_tflops: float | None = None
+    series: pd.DataFrame,
+    *,
+    world_size: int,
+    hardware: str | None,
+    ceiling_tflops: float | None = None,
+    sustained_tflops: float | None = None,
 ) -> Throughput | None:
-    """Rates of one run; None when the record has no step times. `ceiling_tflops` is a device's measured one."""
+    """Rates of one run; None when the record has no step times.
+
+    Args:
+        series: By iteration.
+        world_size: Devices.
+        hardware: Class of the devices.
+        ceiling_tflops: Of the fastest matrix product measured on one.
+        sustained_tflops: Of the one that it keeps up.
+    """
     if series.empty or not np.isfinite(values(series, "step_time_ms")).any():
         return None
     steady, discarded = steady_part(series)
@@ -119,6 +134,7 @@ def throughput(
         model_tflops=model_tflops,
         mfu=model_tflops / peak if model_tflops and peak else None,
         ceiling_share=model_tflops / ceiling_tflops if model_tflops and ceiling_tflops else None,
+        sustained_share=model_tflops / sustained_tflops if model_tflops and sustained_tflops else None,
         peak_memory_gib=float(np.nanmax(values(steady, "peak_memory_bytes"))) / 2**30 if memory else None,
     )
 

@@ -82,6 +82,9 @@ _ROWS: dict[str, tuple[str, str]] = {
     "ceiling_share": ("Of the measured ceiling", "占实测上限"),
     "ceiling_share_note": ("model_real over the fastest matrix product measured beside the run",
                            "model_real / 运行前后实测最快矩阵乘"),
+    "sustained_share": ("Of the sustained rate", "占持续速率"),
+    "sustained_share_note": ("model_real over the matrix product that the device keeps up at its power limit",
+                             "model_real / 功耗上限下可持续的矩阵乘速率"),
     "machine": ("Machine", "机器状态"),
     "machine_note": (
         "Rates of the slowest device, all at work at once. Devices: median over the training part / limit. A power "

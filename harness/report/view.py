@@ -80,6 +80,7 @@ def entry_throughput(entry: Entry) -> Throughput | None:
         world_size=info.world_size if info else 1,
         hardware=entry.hardware,
         ceiling_tflops=entry.record.machine.ceiling_tflops,
+        sustained_tflops=entry.record.machine.matmul_tflops,
     )
 
 
@@ -298,6 +299,7 @@ def _speed_rows(speed: Throughput, t: Words) -> Iterator[tuple[str, str, str]]:
         ("model_tflops", speed.model_tflops, "{:,.4g}"),
         ("mfu", speed.mfu, "{:.1%}"),
         ("ceiling_share", speed.ceiling_share, "{:.1%}"),
+        ("sustained_share", speed.sustained_share, "{:.1%}"),
         ("peak_memory", speed.peak_memory_gib, "{:,.2f} GiB"),
     )
     for key, value, form in rows:

@@ -31,7 +31,7 @@ def measure(seconds: float) -> Sentinel | None:
     from torch import distributed
 
     from models.training import device_rates
-    from models.training.parallel import join_processes
+    from models.training.processes import join_processes
 
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     launcher = read_launcher_environment()

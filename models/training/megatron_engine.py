@@ -35,6 +35,7 @@ from models.training.overlap import finish_gathers, start_gathers
 from models.training.parallel import Ranks, stage_of_chunk, start_megatron
 from models.training.parameters import count_parameters
 from models.training.trace import megatron_points
+from models.training.write_results import collect_write_results
 
 OPTIMIZER_SHARDING = {"data": "dp_reshardable", "any": "fully_reshardable"}
 
@@ -53,6 +54,7 @@ class MegatronEngine:
         self.chunks: list[Any] = []
         self.optimizer: Any = None
         self._async_calls = AsyncCallsQueue()
+        collect_write_results()
         self._auxiliary_scale = 1.0
         self._denominator = 1.0
         self.scheduler: Any = None

@@ -29,7 +29,8 @@ from models.training.evaluation import require_held_out
 from models.training.interruption import StopRequest, Watchdog, stop_requests
 from models.training.loop import train_steps
 from models.training.metrics import Recorder
-from models.training.parallel import pick_device, require_processes, stop_distributed
+from models.training.parallel import stop_distributed
+from models.training.processes import pick_device, require_processes
 from models.training.progress import Progress, Run, TrainOptions, restore
 from models.training.rendezvous import ranks_met
 from models.training.run_file import (

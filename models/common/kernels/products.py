@@ -15,10 +15,13 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_onto(residual: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer's output [t, o] added to the residual [..., o]; a new tensor of the residual's shape."""
+    out = residual.new_empty(residual.shape)  # no view: pipeline stages let go of its values
+    flat = out.view(-1, out.shape[-1])
     if bias is None:  # cuBLAS adds to a copy: one pass less, and one rounding
-        flat = residual.reshape(-1, residual.shape[-1])
-        return torch.addmm(flat, rows, weight.t()).view(residual.shape)
-    return torch.addmm(bias, rows, weight.t()).view(residual.shape).add_(residual)
+        torch.addmm(residual.reshape(flat.shape), rows, weight.t(), out=flat)
+        return out
+    torch.addmm(bias, rows, weight.t(), out=flat)
+    return out.add_(residual)
 
 
 def weight_gradient(weight: Tensor, d_out: Tensor, rows: Tensor) -> Tensor | None:

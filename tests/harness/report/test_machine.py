@@ -96,3 +96,4 @@ def test_the_report_shows_the_machine_in_both_languages(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "report" / JSON_FILE).read_text())
     rates = data["cases"][0]["throughput"]
     assert rates["ceiling_share"] == pytest.approx(rates["model_tflops"] / 810.0)
+    assert rates["sustained_share"] == pytest.approx(rates["model_tflops"] / 785.25)

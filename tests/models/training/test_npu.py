@@ -40,7 +40,7 @@ import torch
 from torch import distributed
 from models.contract.errors import ConfigError
 from models.contract.recipe import parse_recipe
-from models.training import parallel, random_state
+from models.training import parallel, processes, random_state
 from models.training.environment import describe_hardware, peak_memory_bytes
 from models.contract.launcher import LauncherEnvironment
 started = []
@@ -55,7 +55,7 @@ launcher = LauncherEnvironment(rank=1, world_size=2, local_rank=1, is_launched=T
 ranks = parallel.start_data_parallel(recipe, launcher, timeout_s=5.0)
 random_state.restore(random_state.capture(ranks.device), ranks.device)
 try:
-    parallel.pick_device(2)
+    processes.pick_device(2)
     refused = ""
 except ConfigError as error:
     refused = str(error)
