@@ -362,5 +362,6 @@ def _number(value: float) -> str:
     if value == 0 or abs(value) < 1e-12:
         return "0"
     if abs(value) >= 1e5 or abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
-    return f"{value:.10g}" if abs(value) < 1000 and value == round(value, 6) else f"{value:,.0f}"
+        exponent = math.floor(math.log10(abs(value)))
+        return f"{round(value / 10.0**exponent, 6):g}e{exponent}"
+    return f"{round(value, 6):,.10g}"

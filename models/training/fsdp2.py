@@ -120,8 +120,9 @@ class Fsdp2Engine:
         """Write a torch DCP checkpoint."""
         state = self._state(with_optimizer=with_optimizer)
         if is_async:
-            if self._saving_group is None and self.ranks.world_size > 1:
-                # of its own: the thread that saves talks while the step does, and each would get the other's message
+            if self._saving_group is None and (self.ranks.world_size > 1 or self.ranks.device.type != "cpu"):
+                # Of its own: the thread that saves talks while the step does, and each would get the other's message.
+                # On the CPU: torch asks for that even of a process that is alone.
                 self._saving_group = distributed.new_group(backend="gloo")
             self._pending = dcp.async_save(state, checkpoint_id=str(folder), process_group=self._saving_group)
         else:

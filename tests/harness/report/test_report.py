@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import json
 import math
 import re
@@ -212,6 +213,22 @@ def test_end_loss_of_nan_stays_nan(tmp_path: Path) -> None:
 )
 def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high, 5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(12.01, 12.35), (1289.0, 1312.0), (1290.1, 1291.4), (1e5, 2e5), (1e-4, 3e-4), (-0.5, 0.5)],
+)
+def test_labels_of_an_axis_say_what_its_ticks_are(low: float, high: float) -> None:
+    line = Line(x=[0.0, 1.0], y=[low, high], style="run", label="")
+    chart = line_chart([line], title="t", x_label="x", y_label="y")
+    shown = re.findall(r'text-anchor="end"[^>]*>([^<]*)<', str(chart).split("<svg")[1])
+    places = [float(text.replace(",", "")) for text in shown]
+    steps = [after - before for before, after in itertools.pairwise(places)]
+    assert steps, shown
+    assert steps == pytest.approx([steps[0]] * len(steps)), shown
+    assert steps[0] > 0
+    assert low <= places[1] < high
 
 
 def test_thin_keeps_spikes_and_gaps() -> None:
