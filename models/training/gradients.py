@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scale, norm and clipping of Megatron's main gradients, over all parts of its optimizer.
 
-Norm and clipping take a few kernels, with one wait for the device. megatron-core does the same with TransformerEngine's
-kernels, but imports one that 2.12 does not have, and then falls back to a loop that waits for every single parameter.
+Norm and clipping take a few kernels; who reads the norm waits for the device once. megatron-core does the same with
+TransformerEngine's kernels, but imports one that 2.12 does not have, and then falls back to a loop that waits for every
+single parameter.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -32,12 +32,14 @@ def prepare_gradients(optimizer: Any) -> bool:
 
 
 @torch.no_grad()
-def gradient_norm(optimizer: Any, device: torch.device) -> float:
-    """Norm over all gradients of the whole model, the same on every rank.
+def gradient_square(optimizer: Any, device: torch.device) -> Tensor:
+    """Sum of squares of all gradients of the whole model, the same on every rank; nobody waits for the device.
 
     Args:
         optimizer: Megatron's, gradients prepared.
         device: Where the gradients are.
+
+    Returns: [] float32.
     """
     squares = []
     for part in optimizer.chained_optimizers:
@@ -46,7 +48,7 @@ def gradient_norm(optimizer: Any, device: torch.device) -> float:
         square = norm.float() ** 2
         distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
         squares.append(square)
-    return math.sqrt(float(torch.stack(squares).sum()))
+    return torch.stack(squares).sum()
 
 
 @torch.no_grad()

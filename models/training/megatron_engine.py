@@ -28,7 +28,7 @@ from models.training import optimizer as optimizers
 from models.training import random_state
 from models.training.cpu import cpu_megatron
 from models.training.engine import LossSums, UpdateResult
-from models.training.gradients import gradient_norm, prepare_gradients, scale_gradients
+from models.training.gradients import gradient_square, prepare_gradients, scale_gradients
 from models.training.initial_weights import load_initial_weights
 from models.training.loss import loss_weights
 from models.training.overlap import finish_gathers, start_gathers
@@ -57,6 +57,8 @@ class MegatronEngine:
         collect_write_results()
         self._auxiliary_scale = 1.0
         self._denominator = 1.0
+        self._square: Tensor | None = None
+        """Of the gradients, launched ahead of the update."""
         self.scheduler: Any = None
 
     def prepare(self) -> None:
@@ -85,7 +87,11 @@ class MegatronEngine:
         self._auxiliary_scale = denominator / num_padded_tokens
         tracker = get_moe_metrics_tracker()
         tracker.clear()
-        sums = self._run(batches, forward_only=False)
+        losses = self._run(batches, forward_only=False)
+        if self.recipe.precision.dtype != "fp16":  # whose loss scale moves on as gradients are prepared
+            # Launched before the loss is waited for: the device has this to do while the CPU goes on to the update.
+            self._square = self._prepare()
+        sums = _loss_sums(losses)
         count = len(batches) * self.ranks.dp_size * _num_moe_layers(self.modules[0].config)
         auxiliary = {name: float(entry.values.sum()) / count for name, entry in tracker.metrics.items()}
         return dataclasses.replace(sums, auxiliary=auxiliary)
@@ -94,9 +100,10 @@ class MegatronEngine:
     def update(self) -> UpdateResult:
         """Clip, step the optimizer and the schedule."""
         loss_scale = float(self.optimizer.get_loss_scale())
-        has_overflow = prepare_gradients(self.optimizer)
+        square = self._prepare() if self._square is None else self._square
+        self._square = None
         scale = 1.0 / self._denominator
-        grad_norm = math.nan if has_overflow else scale * gradient_norm(self.optimizer, self.ranks.device)
+        grad_norm = math.nan if square is None else scale * math.sqrt(float(square))
         is_updated = math.isfinite(grad_norm)
         if is_updated:
             scale_gradients(self.optimizer, scale, grad_norm)
@@ -107,7 +114,7 @@ class MegatronEngine:
             grad_norm=grad_norm,
             learning_rate=self.learning_rate(),
             loss_scale=loss_scale,
-            is_overflow=has_overflow,
+            is_overflow=square is None,
         )
 
     def learning_rate(self) -> float:
@@ -116,6 +123,7 @@ class MegatronEngine:
 
     def discard(self) -> None:
         """Drop the gradients of this step."""
+        self._square = None
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -125,10 +133,10 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            sums = self._run(batches, forward_only=True)
+            losses = self._run(batches, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        return sums
+        return _loss_sums(losses)
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters of the whole model by part."""
@@ -217,13 +225,20 @@ class MegatronEngine:
         )
         return state
 
+    def _prepare(self) -> Tensor | None:
+        """Main gradients, and the sum of their squares; None after an overflow."""
+        if prepare_gradients(self.optimizer):
+            return None
+        return gradient_square(self.optimizer, self.ranks.device)
+
     def _scale_auxiliary(self) -> Tensor:
         return self.optimizer.scale_loss(torch.full((), self._auxiliary_scale, device=self.ranks.device))
 
-    def _run(self, batches: list[Batch], *, forward_only: bool) -> LossSums:
+    def _run(self, batches: list[Batch], *, forward_only: bool) -> list[tuple[Tensor, float]]:
+        """Loss sum and denominator of every micro-batch, without a wait for the device; none but on the last stage."""
         schedule = get_forward_backward_func()
         start_gathers(self.chunks)
-        sums: list[tuple[Tensor, float]] = schedule(
+        losses: list[tuple[Tensor, float]] = schedule(
             forward_step_func=self._forward_step,
             data_iterator=[iter(batches) for _ in self.chunks],
             model=self.chunks,
@@ -233,12 +248,7 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         finish_gathers(self.chunks)
-        if not sums:  # not the last stage
-            return LossSums()
-        return LossSums(
-            loss=float(torch.stack([loss for loss, _ in sums]).sum()),
-            denominator=sum(denominator for _, denominator in sums),
-        )
+        return losses
 
     def _forward_step(self, batches: Any, model: Any) -> tuple[Tensor, Any]:
         batch = next(batches).to(self.ranks.device)
@@ -295,6 +305,16 @@ def build_chunks(recipe: Recipe, architecture: Architecture, ranks: Ranks) -> li
             ).to(ranks.device)
         )  # fmt: skip
     return chunks
+
+
+def _loss_sums(losses: list[tuple[Tensor, float]]) -> LossSums:
+    """Waits for the device."""
+    if not losses:
+        return LossSums()
+    return LossSums(
+        loss=float(torch.stack([loss for loss, _ in losses]).sum()),
+        denominator=sum(denominator for _, denominator in losses),
+    )
 
 
 def _num_moe_layers(config: Any) -> int:

@@ -39,6 +39,7 @@ CHOSEN_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-ep2": (4, PP | EP),
     "tp2sp-etp1": (2, SP | {"expert_tensor_parallel_size": 1}),
     "cp2-ep2-etp2": (4, CP | EP | {"expert_tensor_parallel_size": 2}),
+    "fsdp2-dp2": (2, {}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"family": "qwen2_5_vl", "checkpoint": "tiny-qwen2_5_vl"},
@@ -79,6 +80,7 @@ QUICK = {
     ("qwen2_5_vl", "cp2", "rows"),
     ("qwen3_vl", "pp2-first1", "long-rows"),  # deepstack features travel
     ("qwen3_vl", "tp2sp", "rows"),
+    ("qwen3_vl", "fsdp2-dp2", "rows"),
 }
 """Of the default run."""
 EVERYWHERE = ("rows", "rows-per-sample", "packed")
@@ -91,6 +93,7 @@ CHOSEN = [
     *((model, layout, "many-rows") for model in EXPERTS for layout in ("cp2", "tp2sp")),
     *((model, layout, form) for model in ("qwen3_vl", "qwen3_omni") for layout in ("pp2", "cp2", "pp2-dp2-overlap")
       for form in ("recomputed", "frozen-language", "frozen-vision")),
+    *((model, "fsdp2-dp2", form) for model in MODELS for form in ("rows", "frozen-vision")),
 ]  # fmt: skip
 """Combinations that meet somewhere in the code: not every layout with every form."""
 MATRIX = [
@@ -122,6 +125,8 @@ def test_a_layout_trains_as_one_process_does(
 ) -> None:
     num_processes, parallel = (LAYOUTS | EXPERT_LAYOUTS | CHOSEN_LAYOUTS)[layout]
     sections = FORMS[form] | {"model": MODELS[model] | FORMS[form].get("model", {})}
+    if layout.startswith("fsdp2"):
+        sections["train"] = sections.get("train", {}) | {"engine": "fsdp2"}
     if model == "qwen3_omni":
         sections["data"] = {"dataset": "scenes-audio", "seq_length": 320} | sections.get("data", {})
     if model in EXPERTS and form != "packed":
