@@ -40,10 +40,11 @@ def make_engine(recipe: Recipe, job: Job, launcher: LauncherEnvironment) -> Mega
 
 
 def take_gradients(engine: MegatronEngine, batches: tuple[Batch, ...]) -> dict[str, torch.Tensor]:
-    """Gradients of a step by parameter name, before the optimizer."""
+    """Gradients of a step's mean loss by parameter name, before the optimizer."""
     padded = sum(batch.input_ids.numel() for batch in batches)
-    engine.forward_backward(list(batches), denominator=1.0, num_padded_tokens=padded)
-    return {name: p.main_grad.clone() for name, p in engine.modules[0].named_parameters()}
+    denominator = sum(engine.ranks.exchange(sum(batch.num_supervised_tokens for batch in batches)))
+    engine.forward_backward(list(batches), denominator=denominator, num_padded_tokens=padded)
+    return {name: p.main_grad / denominator for name, p in engine.modules[0].named_parameters()}
 
 
 def stop_groups() -> None:
