@@ -166,21 +166,13 @@ def summarise(
 
 
 def shares(model_tflops: float, ceiling: MatmulRate) -> dict[str, float]:
-    """Model TFLOP/s beside what a dense product reaches: for a tenth of a second, and for as long as a step takes."""
+    """Model TFLOP/s beside what a dense product reaches: a cool device's at first, and for as long as a step takes."""
     return {
         "matmul_ceiling_tflops": round(ceiling.best_tflops, 1),
         "model_share_of_ceiling": round(model_tflops / ceiling.best_tflops, 4),
         "sustained_matmul_tflops": round(ceiling.median_tflops, 1),
         "model_share_of_sustained": round(model_tflops / ceiling.median_tflops, 4),
     }
-
-
-def measure_ceiling(device: torch.device) -> MatmulRate | None:
-    """Rate of a dense product: the best of a cool device, the median of one that has been at it for seconds."""
-    if device.type == "cpu":
-        return None
-    cool, warm = matmul_rate(device), matmul_rate(device, seconds=SUSTAINED_SECONDS)
-    return MatmulRate(best_tflops=max(cool.best_tflops, warm.best_tflops), median_tflops=warm.median_tflops)
 
 
 def case_parser() -> argparse.ArgumentParser:
@@ -264,7 +256,7 @@ def main() -> None:
     patches = nullcontext() if torch.cuda.is_available() else cpu_megatron()
     with patches:
         device = pick_device(read_launcher_environment().local_rank)
-        ceiling = measure_ceiling(device)
+        ceiling = None if device.type == "cpu" else matmul_rate(device, seconds=SUSTAINED_SECONDS)
         # Every case meets at a port of its own, where torchrun's store does not listen.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         for number, options in enumerate(cases):

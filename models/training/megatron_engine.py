@@ -90,7 +90,7 @@ class MegatronEngine:
         losses = self._run(batches, forward_only=False)
         if self.recipe.precision.dtype != "fp16":  # whose loss scale moves on as gradients are prepared
             # Launched before the loss is waited for: the device has this to do while the CPU goes on to the update.
-            self._square = self._prepare()
+            self._square = self._gradient_square()
         sums = _loss_sums(losses)
         count = len(batches) * self.ranks.dp_size * _num_moe_layers(self.modules[0].config)
         auxiliary = {name: float(entry.values.sum()) / count for name, entry in tracker.metrics.items()}
@@ -100,7 +100,7 @@ class MegatronEngine:
     def update(self) -> UpdateResult:
         """Clip, step the optimizer and the schedule."""
         loss_scale = float(self.optimizer.get_loss_scale())
-        square = self._prepare() if self._square is None else self._square
+        square = self._gradient_square() if self._square is None else self._square
         self._square = None
         scale = 1.0 / self._denominator
         grad_norm = math.nan if square is None else scale * math.sqrt(float(square))
@@ -225,8 +225,8 @@ class MegatronEngine:
         )
         return state
 
-    def _prepare(self) -> Tensor | None:
-        """Main gradients, and the sum of their squares; None after an overflow."""
+    def _gradient_square(self) -> Tensor | None:
+        """Prepare the main gradients and sum their squares; None after an overflow."""
         if prepare_gradients(self.optimizer):
             return None
         return gradient_square(self.optimizer, self.ranks.device)

@@ -38,14 +38,13 @@ def weight_gradient(weight: Tensor, d_out: Tensor, rows: Tensor) -> Tensor | Non
     main_grad, width = _main_grad(weight), weight.shape[1]
     if main_grad is None:
         return (d_out.t() @ rows)[:, :width]
-    if rows.shape[1] > width:
-        main_grad.add_(_product(d_out.t(), rows, main_grad.dtype)[:, :width])
-    elif main_grad.dtype == rows.dtype:
+    is_whole = rows.shape[1] == width
+    if is_whole and main_grad.dtype == rows.dtype:
         main_grad.addmm_(d_out.t(), rows)
-    elif rows.is_cuda:
+    elif is_whole and rows.is_cuda:
         torch.addmm(main_grad, d_out.t(), rows, out_dtype=main_grad.dtype, out=main_grad)
     else:
-        main_grad.add_(d_out.t() @ rows)
+        main_grad.add_(_product(d_out.t(), rows, main_grad.dtype)[:, :width])
     return _delivered(weight)
 
 

@@ -8,35 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from torch import distributed, multiprocessing
+from torch import multiprocessing
 
 from models.common.batch import Batch
-from models.contract.families import detect_family, family_part
 from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
-from models.parity.compare import gradient_errors, load
+from models.parity.compare import gradient_errors
 from models.parity.jobs import make_jobs
-from models.parity.layouts import Job
 from models.training.cpu import cpu_megatron
 from models.training.megatron_engine import MegatronEngine
-from models.training.parallel import start_megatron
+from models.training.parallel import stop_distributed
+from tests.models.training.engines import make_engine
 from tests.models.training.trainer import free_port
 
 MakeRecipe = Callable[..., Recipe]
 NUM_RANKS = 2
-TIMEOUT_S = 120.0
-
-
-def make_engine(recipe: Recipe, job: Job, launcher: LauncherEnvironment) -> MegatronEngine:
-    """An engine with the job's model and weights, in groups that it starts."""
-    ranks = start_megatron(recipe, launcher, timeout_s=TIMEOUT_S)
-    family = detect_family(job.hf_config)
-    architecture = family_part(family, "config").ModelConfig.from_hf(job.hf_config)
-    engine = MegatronEngine(recipe, architecture, ranks, ())
-    load(engine.modules[0], job.weights)
-    engine.prepare()
-    return engine
 
 
 def take_gradients(engine: MegatronEngine, batches: tuple[Batch, ...]) -> dict[str, torch.Tensor]:
@@ -45,11 +31,6 @@ def take_gradients(engine: MegatronEngine, batches: tuple[Batch, ...]) -> dict[s
     denominator = sum(engine.ranks.exchange(sum(batch.num_supervised_tokens for batch in batches)))
     engine.forward_backward(list(batches), denominator=denominator, num_padded_tokens=padded)
     return {name: p.main_grad / denominator for name, p in engine.modules[0].named_parameters()}
-
-
-def stop_groups() -> None:
-    parallel_state.destroy_model_parallel()
-    distributed.destroy_process_group()
 
 
 def step_of_one_rank(rank: int, port: int, folder: Path) -> None:
@@ -67,7 +48,7 @@ def step_of_one_rank(rank: int, port: int, folder: Path) -> None:
         gradients = take_gradients(engine, job.batches[rank])
         module: Any = engine.modules[0]
         torch.save((gradients, gradient_errors(module, job.gradients, gradients)), folder / f"rank{rank}.pt")
-        stop_groups()
+        stop_distributed()
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -76,10 +57,9 @@ def test_tower_without_media_gets_gradients_only_where_they_are_awaited(
 ) -> None:
     recipe = make_recipe(parallel={"overlap_grad_reduce": overlap})
     [job] = make_jobs("qwen3_vl", {"one": {}}, cases=("text", "text"))
-    launcher = LauncherEnvironment(rank=0, world_size=1, local_rank=0, is_launched=False)
     counts: dict[str, int] = {}
     with cpu_megatron():
-        engine = make_engine(recipe, job, launcher)
+        engine = make_engine(recipe, job)
         for name, parameter in engine.modules[0].named_parameters():
             counts[name] = 0
 
@@ -88,7 +68,7 @@ def test_tower_without_media_gets_gradients_only_where_they_are_awaited(
 
             parameter.register_hook(count)
         gradients = take_gradients(engine, job.batches[0])
-        stop_groups()
+        stop_distributed()
     vision = {name for name in counts if name.startswith("vision_model.")}
     assert {counts[name] for name in vision} == {0}  # alone, nothing is exchanged, overlapped or not
     assert {counts[name] for name in set(counts) - vision} == {2}

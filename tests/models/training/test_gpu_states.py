@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from models.contract.compat_train import recipe_toml
-from models.contract.families import detect_family, family_part
-from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
 from models.contract.site import Site
-from models.parity.compare import load
 from models.parity.jobs import make_jobs
 from models.training.megatron_engine import MegatronEngine
-from models.training.parallel import start_megatron, stop_distributed
+from models.training.parallel import stop_distributed
+from tests.models.training.engines import make_engine
 
 pytestmark = pytest.mark.gpu
 
@@ -39,12 +37,8 @@ def visible_gpus(one_plain_process: None, monkeypatch: pytest.MonkeyPatch) -> No
 def steps(recipe: Recipe) -> tuple[MegatronEngine, list[float]]:
     """An engine after some steps on one batch, and the loss of each."""
     [job] = make_jobs("qwen3_vl", {"one": {}}, cases=("mixed", "text"), device="cuda")
-    launcher = LauncherEnvironment(rank=0, world_size=1, local_rank=0, is_launched=False)
-    architecture = family_part(detect_family(job.hf_config), "config").ModelConfig.from_hf(job.hf_config)
-    engine = MegatronEngine(recipe, architecture, start_megatron(recipe, launcher, timeout_s=60), ())
     try:
-        load(engine.modules[0], job.weights)
-        engine.prepare()
+        engine = make_engine(recipe, job)
         losses = []
         for _ in range(NUM_STEPS):
             batches = list(job.batches[0])

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
 from models.parity.compare import gradient_norm
 from models.parity.jobs import make_jobs
 from models.training.cpu import cpu_megatron
 from models.training.gradients import scale_gradients
-from tests.models.training.test_awaited_gradients import make_engine, stop_groups
+from models.training.parallel import stop_distributed
+from tests.models.training.engines import make_engine
 
 
 def part(*values: float, clip_grad: float = 1.0, is_stub: bool = False) -> SimpleNamespace:
@@ -46,14 +46,12 @@ def test_the_norm_is_that_of_the_mean_loss_of_transformers(
     [job] = make_jobs("qwen3_vl", {"one": {}}, cases=("mixed", "text"))
     batches = list(job.batches[0])
     with cpu_megatron():
-        engine = make_engine(
-            recipe, job, LauncherEnvironment(rank=0, world_size=1, local_rank=0, is_launched=False)
-        )
+        engine = make_engine(recipe, job)
         denominator = sum(batch.num_supervised_tokens for batch in batches)
         num_padded_tokens = sum(batch.input_ids.numel() for batch in batches)
         engine.forward_backward(batches, denominator=denominator, num_padded_tokens=num_padded_tokens)
         found = engine.update()
-        stop_groups()
+        stop_distributed()
     assert found.is_updated
     assert found.grad_norm == pytest.approx(
         gradient_norm(job.gradients), rel=1e-5 if dtype == "fp32" else 2e-2

@@ -40,9 +40,7 @@ def test_gradients_reach_the_main_gradient_or_autograd(
     weight, bias = (parameter(device, *shape, dtype=dtype, main=main) for shape in ((24, 16), (24,)))
     wide = torch.randn(40, 24).to(device, dtype)
     rows, d_out = wide[:, :16], torch.randn(40, 24).to(device, dtype)  # rows have a stride of their own
-    d_weight = weight_gradient(
-        weight, d_out, wide[:, :width]
-    )  # what lies behind the weight's columns is no matter
+    d_weight = weight_gradient(weight, d_out, wide[:, :width])  # what lies behind is no matter
     [d_bias] = vector_gradients([bias], [bias_gradient(bias, d_out)])
     exact = (d_out.double().t() @ rows.double(), d_out.double().sum(dim=0))
     limit = 1e-5 if torch.float32 in (main, dtype) and main != torch.bfloat16 else 2e-2
