@@ -27,7 +27,7 @@ from models.common.kernels.products import (
     vector_gradients,
     weight_gradient,
 )
-from models.common.kernels.qkv import HeadSizes, split_backward, split_forward
+from models.common.kernels.qkv import HeadSizes, needed_backward, split_backward, split_forward
 from models.common.kernels.swiglu import swiglu_backward, swiglu_forward
 from models.common.specs import ALIGNMENT
 
@@ -36,7 +36,7 @@ class DenseLayer(TransformerLayer):
     """TransformerLayer that takes the short way where one is open to it, with the same parameters and results.
 
     Open: on our kernels, on one tensor-parallel rank, in 16 or 32 bits, for a dense MLP, and while nobody watches the
-    modules inside.
+    modules inside. Selective recompute keeps neither what the norms nor what the MLP's activation put out.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -50,9 +50,9 @@ class DenseLayer(TransformerLayer):
             and self._activation is not None
             and self.pg_collection.tp.size() == 1
             and config.fp8 is None
-            and config.recompute_granularity != "selective"
         )
         if self._is_short:
+            self._keeps = config.recompute_granularity != "selective"
             parts = (
                 self.input_layernorm, attention.linear_qkv, attention.q_layernorm, attention.k_layernorm,
                 attention.linear_proj, self.pre_mlp_layernorm, mlp.linear_fc1, mlp.linear_fc2,
@@ -96,7 +96,7 @@ class DenseLayer(TransformerLayer):
             tuple[Tensor, ...],
             _BeforeAttention.apply(
                 hidden_states, angles, *_parameters(self.input_layernorm), *_parameters(attention.linear_qkv),
-                norm_weight(attention.q_layernorm), norm_weight(attention.k_layernorm), self._sizes,
+                norm_weight(attention.q_layernorm), norm_weight(attention.k_layernorm), self._sizes, self._keeps,
             ),
         )  # fmt: skip
         attended = attention.core_attention(
@@ -106,7 +106,7 @@ class DenseLayer(TransformerLayer):
         out = _AfterAttention.apply(
             attended, residual, *_parameters(attention.linear_proj), *_parameters(self.pre_mlp_layernorm),
             *_parameters(mlp.linear_fc1), *_parameters(mlp.linear_fc2), self._activation,
-            self.config.layernorm_epsilon,
+            self.config.layernorm_epsilon, self._keeps,
         )  # fmt: skip
         return cast(Tensor, out)
 
@@ -142,12 +142,14 @@ class _BeforeAttention(torch.autograd.Function):
         query_weight: Tensor | None,
         key_weight: Tensor | None,
         sizes: HeadSizes,
+        keeps: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = hidden_states.contiguous().view(-1, hidden_states.shape[-1])
         angles = angles.contiguous()
         normed, statistics = norm_forward(rows, norm_weight, norm_bias, sizes.eps)
         mixed = linear(normed, weight, bias).view(*hidden_states.shape[:2], -1)
-        ctx.save_for_backward(rows, normed, mixed, angles, *statistics)
+        kept = (normed if keeps else None, needed_backward(mixed, query_weight))
+        ctx.save_for_backward(rows, *kept, angles, *statistics)
         ctx.parameters = (norm_weight, norm_bias, weight, bias, query_weight, key_weight)
         ctx.sizes = sizes
         parts = split_forward(mixed, angles, query_weight, key_weight, sizes)
@@ -160,6 +162,8 @@ class _BeforeAttention(torch.autograd.Function):
         *d_parts, passed = grad_outputs
         d_mixed, d_heads = split_backward(mixed, angles, query_weight, key_weight, ctx.sizes, d_parts)
         d_out = d_mixed.view(len(rows), -1)
+        if normed is None:
+            normed, _ = norm_forward(rows, norm_weight, norm_bias, ctx.sizes.eps)
         d_weight = weight_gradient(weight, d_out, normed)
         d_rows, d_norm_weight, d_norm_bias = norm_backward(
             rows,
@@ -173,7 +177,7 @@ class _BeforeAttention(torch.autograd.Function):
         gradients = (d_norm_weight, d_norm_bias, bias_gradient(bias, d_out), d_query, d_key)
         d_norm_weight, d_norm_bias, d_bias, d_query, d_key = vector_gradients(vectors, gradients)
         d_states = d_rows.view(passed.shape)
-        return d_states, None, d_norm_weight, d_norm_bias, d_weight, d_bias, d_query, d_key, None
+        return d_states, None, d_norm_weight, d_norm_bias, d_weight, d_bias, d_query, d_key, None, None
 
 
 class _AfterAttention(torch.autograd.Function):
@@ -194,6 +198,7 @@ class _AfterAttention(torch.autograd.Function):
         fc2_bias: Tensor | None,
         activation: str,
         eps: float,
+        keeps: bool,
     ) -> Tensor:
         heads = attended.reshape(-1, attended.shape[-1])
         middle = linear_onto(residual, heads, proj, proj_bias)
@@ -201,17 +206,21 @@ class _AfterAttention(torch.autograd.Function):
         normed, statistics = norm_forward(rows, norm_weight, norm_bias, eps)
         inner = linear(normed, fc1, fc1_bias)
         activated = _activate(inner, activation)
-        ctx.save_for_backward(heads, rows, normed, inner, activated, *statistics)
+        kept = (normed, activated) if keeps else (None, None)
+        ctx.save_for_backward(heads, rows, inner, *kept, *statistics)
         ctx.parameters = (proj, proj_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias)
-        ctx.activation, ctx.attended_shape = activation, attended.shape
+        ctx.activation, ctx.eps, ctx.attended_shape = activation, eps, attended.shape
         return linear_onto(middle, activated, _padded(fc2, activated.shape[1]), fc2_bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        heads, rows, normed, inner, activated, *statistics = ctx.saved_tensors
+        heads, rows, inner, normed, activated, *statistics = ctx.saved_tensors
         proj, proj_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias = ctx.parameters
         shape = grad_outputs[0].shape
         d_out = grad_outputs[0].contiguous().view(rows.shape)
+        if normed is None:
+            normed, _ = norm_forward(rows, norm_weight, norm_bias, ctx.eps)
+            activated = _activate(inner, ctx.activation)
         d_fc2 = weight_gradient(fc2, d_out, activated)
         d_inner = _activation_backward(d_out @ _padded(fc2, activated.shape[1]), inner, ctx.activation)
         d_fc1 = weight_gradient(fc1, d_inner, normed)
@@ -228,7 +237,7 @@ class _AfterAttention(torch.autograd.Function):
         d_proj_bias, d_norm_weight, d_norm_bias, d_fc1_bias, d_fc2_bias = vector_gradients(vectors, gradients)
         return (
             d_attended, d_middle.view(shape), d_proj, d_proj_bias, d_norm_weight, d_norm_bias,
-            d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, None, None,
+            d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, None, None, None,
         )  # fmt: skip
 
 

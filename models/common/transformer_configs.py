@@ -63,7 +63,7 @@ def decoder_config(text: TextArchitecture, settings: ModelSettings) -> Transform
         expert_tensor_parallel_size=settings.expert_tensor_parallel_size,
         # Layers get their own keys in checkpoints, whatever the pipeline.
         hetereogenous_dist_checkpoint=True,
-        **_recompute(settings.recompute, settings.recompute_num_layers),
+        **_recompute(text, settings),
         **_moe(text, settings),
         **_fp8(settings),
         **_common(settings),
@@ -134,14 +134,22 @@ def _common(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def _recompute(granularity: str, num_layers: int) -> dict[str, Any]:
-    if granularity == "full":
+def _recompute(text: TextArchitecture, settings: ModelSettings) -> dict[str, Any]:
+    if settings.recompute == "full":
         return {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
-            "recompute_num_layers": num_layers,
+            "recompute_num_layers": settings.recompute_num_layers,
         }
-    return {"recompute_granularity": "selective"} if granularity == "selective" else {}
+    if settings.recompute == "none":
+        return {}
+    # Flash attention keeps no scores, so its core is not worth computing twice; dense layers choose on their own.
+    has_fused_experts = text.moe is not None and settings.attention_backend == "te"
+    can_recompute = settings.fp8 != "delayed"  # whose scales would be updated twice
+    return {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe_act"] if has_fused_experts and can_recompute else ["core_attn"],
+    }
 
 
 def _moe(text: TextArchitecture, settings: ModelSettings) -> dict[str, Any]:

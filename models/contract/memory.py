@@ -141,10 +141,12 @@ def _activations(recipe: Recipe, architecture: Architecture) -> float:
     width = BYTES[recipe.precision.dtype]
     tokens = recipe.train.micro_batch_size * recipe.data.seq_length / parallel.context_parallel_size
     shared = 1 / tp if parallel.sequence_parallel else 1.0
-    queries, keys = text.num_attention_heads * text.kv_channels, text.num_query_groups * text.kv_channels
     ffn = text.ffn_hidden_size if text.moe is None else text.moe.ffn_hidden_size * text.moe.topk
-    # inputs of two norms and two linear layers; q, k, v and the attention's output twice; gate, up and their product
-    layer = width * tokens * (4 * text.hidden_size * shared + (3 * queries + 2 * keys) / tp + 3 * ffn / tp)
+    # inputs of two norms and two linear layers; q, k, v and the attention's output; gate, up and their product
+    normed, product = 4 * text.hidden_size * shared, 3 * ffn / tp
+    if recipe.precision.recompute == "selective" and _recomputes_activation(recipe, text):
+        normed, product = normed / (2 if text.moe is None else 1), 2 * ffn / tp
+    layer = width * tokens * (normed + _attention_width(text) / tp + product)
     layers = (recipe.model.num_layers or text.num_layers) / pp
     in_flight = min(pp, recipe.num_microbatches)
     if recipe.precision.recompute == "full":
@@ -154,6 +156,24 @@ def _activations(recipe: Recipe, architecture: Architecture) -> float:
     else:
         language = layers * in_flight * layer
     return language + in_flight * _vision_activations(recipe, architecture.vision)
+
+
+def _attention_width(text: TextArchitecture) -> int:
+    """What attention keeps of a position: q, k, v and its output, and what norms of heads were given."""
+    queries, keys = text.num_attention_heads * text.kv_channels, text.num_query_groups * text.kv_channels
+    return 2 * queries + 2 * keys + (queries + 2 * keys) * text.qk_layernorm
+
+
+def _recomputes_activation(recipe: Recipe, text: TextArchitecture) -> bool:
+    """Whether selective recompute reaches norms and activation (dense) or the activation (experts).
+
+    Elsewhere it is the attention core's: see :class:`models.common.dense_layer.DenseLayer`.
+    """
+    if recipe.model.attention_backend == "torch" or recipe.train.engine != "megatron":
+        return False
+    is_dense = text.moe is None
+    plain = recipe.precision.fp8 is None and recipe.parallel.tensor_model_parallel_size == 1
+    return plain if is_dense else recipe.precision.fp8 != "delayed"
 
 
 def _vision_activations(recipe: Recipe, vision: VisionArchitecture) -> float:
@@ -169,7 +189,7 @@ def _vision_activations(recipe: Recipe, vision: VisionArchitecture) -> float:
         patches = min(patches, recipe.train.micro_batch_size * recipe.data.max_pixels / vision.patch_size**2)
     width, tp = BYTES[recipe.precision.dtype], recipe.parallel.tensor_model_parallel_size
     matrices = 3 if vision.gated_linear_unit else 2
-    inner = 5 * vision.hidden_size + matrices * vision.ffn_hidden_size
+    inner = 4 * vision.hidden_size + matrices * vision.ffn_hidden_size
     layer = width * patches * (4 * vision.hidden_size + inner / tp)
     if recipe.precision.recompute_vision:
         return vision.num_layers * width * patches * vision.hidden_size + layer
@@ -177,10 +197,15 @@ def _vision_activations(recipe: Recipe, vision: VisionArchitecture) -> float:
 
 
 def _logits(recipe: Recipe, text: TextArchitecture) -> float:
-    """Logits in the model's format, their fp32 copy for the cross-entropy, and the gradient that replaces it."""
+    """Logits in the model's format and the gradient of the output layer's weight before it is added to the others.
+
+    Our own loss turns logits into their gradient in place; torch's keeps them, their fp32 copy, and the gradient.
+    """
     tokens = recipe.train.micro_batch_size * recipe.data.seq_length / recipe.parallel.context_parallel_size
     width = BYTES[recipe.precision.dtype]
-    return tokens * text.vocab_size / recipe.parallel.tensor_model_parallel_size * (2 * width + 4)
+    has_kernel = recipe.model.attention_backend != "torch" and recipe.train.engine == "megatron"
+    kept = tokens * width + text.hidden_size * width if has_kernel else tokens * (2 * width + 4)
+    return kept * text.vocab_size / recipe.parallel.tensor_model_parallel_size
 
 
 def _vision_parameters(vision: VisionArchitecture) -> int:

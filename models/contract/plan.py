@@ -179,6 +179,8 @@ def _is_megatron(recipe: Recipe) -> bool:
 CHANGES: tuple[Change, ...] = (
     ("optimizer.use_distributed_optimizer = true", lambda r: _if(
         not r.optimizer.use_distributed_optimizer and _is_megatron(r), "optimizer", use_distributed_optimizer=True)),
+    ('precision.recompute = "selective"', lambda r: _if(
+        r.precision.recompute == "none" and _is_megatron(r), "precision", recompute="selective")),
     ("optimizer.use_precision_aware_optimizer = true", lambda r: _if(
         not r.optimizer.use_precision_aware_optimizer and r.precision.dtype == "bf16" and _is_megatron(r),
         "optimizer", use_precision_aware_optimizer=True, use_distributed_optimizer=True)),

@@ -149,6 +149,7 @@ class PrecisionSection(BaseModel):
     fp8: Literal["tensorwise", "blockwise", "delayed", "mxfp8"] | None = None
     grad_reduce_in_fp32: bool = True
     recompute: Literal["none", "selective", "full"] = "none"
+    """`selective`: what norms and activations put out (with fused kernels), or attention's scores (torch backend)."""
     recompute_num_layers: int = Field(default=1, ge=1)
     recompute_vision: bool = False
 

@@ -61,7 +61,7 @@ class _SplitAndTurn(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         mixed, angles = mixed.contiguous(), angles.contiguous()
         ctx.sizes = HeadSizes(num_groups, mixed.shape[-1] // (num_groups * head_dim) - 2, head_dim, eps)
-        ctx.save_for_backward(mixed, angles, query_weight, key_weight)
+        ctx.save_for_backward(needed_backward(mixed, query_weight), angles, query_weight, key_weight)
         return split_forward(mixed, angles, query_weight, key_weight, ctx.sizes)
 
     @staticmethod
@@ -70,7 +70,7 @@ class _SplitAndTurn(torch.autograd.Function):
         d_mixed, d_weights = split_backward(mixed, angles, query_weight, key_weight, ctx.sizes, grad_outputs)
         d_query_weight = d_key_weight = None
         if d_weights is not None:
-            d_query_weight, d_key_weight = d_weights.to(mixed.dtype)
+            d_query_weight, d_key_weight = d_weights.to(d_mixed.dtype)
         return d_mixed, None, d_query_weight, d_key_weight, None, None, None
 
 
@@ -99,8 +99,13 @@ def split_forward(
     return query, key, value
 
 
+def needed_backward(mixed: Tensor, query_weight: Tensor | None) -> Tensor | None:
+    """What :func:`split_backward` needs of the joined projection: norms their input, turning back nothing."""
+    return None if query_weight is None else mixed
+
+
 def split_backward(
-    mixed: Tensor,
+    mixed: Tensor | None,
     angles: Tensor,
     query_weight: Tensor | None,
     key_weight: Tensor | None,
@@ -110,7 +115,7 @@ def split_backward(
     """Gradients of :func:`split_forward`.
 
     Args:
-        mixed: Its input.
+        mixed: Its input, or None where it normalised nothing.
         angles: Its input.
         query_weight: Its input.
         key_weight: Its input.
@@ -120,14 +125,16 @@ def split_backward(
     Returns: Gradient of `mixed`, and those of both weights, [2, d] float32, or None.
     """
     d_query, d_key, d_value = (gradient.contiguous() for gradient in gradients)
-    d_mixed = torch.empty_like(mixed)
-    grid = _grid(mixed, sizes)
+    width = sizes.num_groups * (sizes.queries + 2) * sizes.head_dim
+    d_mixed = d_query.new_empty(*d_query.shape[:2], width)
+    grid = _grid(d_mixed, sizes)
     d_weights = None
     if query_weight is not None:
-        d_weights = mixed.new_empty(grid[0] * grid[1], 2, sizes.head_dim, dtype=torch.float32)
+        d_weights = d_mixed.new_empty(grid[0] * grid[1], 2, sizes.head_dim, dtype=torch.float32)
+    source = d_mixed if mixed is None else mixed
     _split_backward[grid](
-        mixed, angles, query_weight, key_weight, d_query, d_key, d_value, d_mixed, d_weights,
-        mixed.shape[0] * mixed.shape[1], sizes.eps, **_constants(sizes, query_weight is not None),
+        source, angles, query_weight, key_weight, d_query, d_key, d_value, d_mixed, d_weights,
+        d_mixed.shape[0] * d_mixed.shape[1], sizes.eps, **_constants(sizes, query_weight is not None),
     )  # fmt: skip
     return d_mixed, None if d_weights is None else d_weights.sum(dim=0)
 
