@@ -58,7 +58,16 @@ def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Re
                 "init": "random",
                 "attention_backend": options.backend,
             },
-            "data": {"dataset": "mock", "seq_length": options.seq_length, "packing": options.samples > 1},
+            "data": {
+                "dataset": "fixed-shapes",
+                "seq_length": options.seq_length,
+                "packing": options.samples > 1,
+                "fixed_shapes": {
+                    "samples": options.samples,
+                    "images": options.images,
+                    "image_size": options.image_size,
+                },
+            },
             "train": {
                 "train_iters": options.steps,
                 "micro_batch_size": 1,

@@ -12,6 +12,7 @@ rank. The plan's total holds an allowance for the runtime and for fragmentation 
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -99,8 +100,14 @@ def run_apart(case: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     rows = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not rows:
-        return {"case": case, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
+        return {"case": case, "error": last_error(done.stderr)[:300]}
     return json.loads(rows[-1])
+
+
+def last_error(text: str) -> str:
+    """The last line that an exception begins, which the launcher's summary follows."""
+    named = [line for line in text.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named or text.strip().splitlines() or ["no output"])[-1]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 """Data parallelism, AdamW and the schedule, all of them Megatron's, set up from a recipe."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -22,6 +22,7 @@ from models.common.settings import DTYPES
 from models.contract.errors import ConfigError
 from models.contract.recipe import OptimizerSection, Recipe
 from models.training.overlap import exchange_in_turn
+from models.training.short_states import step_in_pieces
 
 PROJECTOR_PARTS = ("vision_model.merger.", "vision_model.deepstack_mergers.")
 
@@ -182,9 +183,14 @@ def build_optimizer(
         exp_avg_sq_dtype=moment_dtype,
     )
     overrides = get_standard_config_overrides(config) | _learning_rate_overrides(settings)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         config, [*chunks], config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
     )
+    if has_short_moments:
+        for part in cast(Any, optimizer).chained_optimizers:
+            if not part.is_stub_optimizer:
+                step_in_pieces(part.optimizer)
+    return optimizer
 
 
 def allocate_states(optimizer: Any) -> None:

@@ -2,6 +2,7 @@
 """Every family on a GPU, with torch's and TransformerEngine's kernels, against transformers on the CPU in fp32."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -35,10 +36,14 @@ def single_gpu():
     distributed.destroy_process_group()
 
 
-def settings(backend: str, dtype: str) -> ModelSettings:
+def settings(backend: str, dtype: str, **changes: Any) -> ModelSettings:
     return ModelSettings(
-        device="cuda", attention_backend=backend, dtype=DTYPES[dtype], moe_aux_loss_coeff=0.0  # type: ignore[arg-type]
-    )  # fmt: skip
+        device="cuda",
+        attention_backend=backend,  # type: ignore[arg-type]
+        dtype=DTYPES[dtype],
+        moe_aux_loss_coeff=0.0,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -58,6 +63,19 @@ def test_gpu_model_equals_transformers(name: str, backend: str, dtype: str) -> N
         print(f"{name}, {backend}, {dtype} as {kind}, {case}: {found} {'DIFFERS' if exceeding else 'agrees'}")  # noqa: T201
         wrong += [f"{case}: {what}" for what in exceeding]
     assert not wrong
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("name", TINY)
+def test_gpu_model_that_recomputes_equals_transformers(name: str, recompute: str) -> None:
+    """In 16 bits, where the attention is the fused one; through every kind of layer that the model has."""
+    changes = {"recompute": recompute, "recompute_vision": recompute == "full"}
+    pair = make_pair(name, settings(BACKENDS[-1], "bf16", **changes))
+    pair.model.cuda()
+    made, reference = pair.case("mixed")
+    found = measure_rounding(pair, made, reference, gradient_floor=LIMITS["bf16"].gradient_floor)
+    assert found.dictated.num_gradients == len(pair.rules)
+    assert not found.exceeding(LIMITS["bf16"]), str(found)
 
 
 def product_format(backend: str, dtype: str, *, has_experts: bool) -> str:
