@@ -233,8 +233,8 @@ def make_batches(options: argparse.Namespace, architecture: Architecture, ranks:
     ]
 
 
-def run_case(options: argparse.Namespace, ceiling: MatmulRate | None) -> dict[str, Any] | None:
-    """Build, time and take down one case; the row on rank 0, None elsewhere."""
+def run_case(options: argparse.Namespace, ceiling: MatmulRate | None) -> None:
+    """Build, time and take down one case; rank 0 prints the row, before a profile, which takes far longer."""
     architecture = published_architecture(options.model)
     if options.vision_layers:
         kept = tuple(i for i in architecture.vision.deepstack_visual_indexes if i < options.vision_layers)
@@ -251,8 +251,9 @@ def run_case(options: argparse.Namespace, ceiling: MatmulRate | None) -> dict[st
         engine.prepare()
         batches = make_batches(options, architecture, ranks)
         times = time_steps(engine, batches, options)
+        if ranks.rank == 0:
+            print(json.dumps(summarise(options, recipe, architecture, times, ceiling)), flush=True)
         profile_step(engine, batches, options)
-        return summarise(options, recipe, architecture, times, ceiling) if ranks.rank == 0 else None
     finally:
         stop_distributed()
 
@@ -271,12 +272,12 @@ def main() -> None:
         for number, options in enumerate(cases):
             os.environ["MASTER_PORT"] = str(int(os.environ.get("MASTER_PORT", "29500")) + 1)
             try:
-                row = run_case(options, ceiling)
+                run_case(options, ceiling)
             except (RuntimeError, TypeError, ValueError, AssertionError, HarnessError) as error:
                 traceback.print_exc()
-                row = {"case": sys.argv[number + 1], "error": f"{type(error).__name__}: {error}"[:300]}
-            if row is not None and int(os.environ.get("RANK", "0")) == 0:
-                print(json.dumps(row), flush=True)
+                if int(os.environ.get("RANK", "0")) == 0:
+                    said = f"{type(error).__name__}: {error}"[:300]
+                    print(json.dumps({"case": sys.argv[number + 1], "error": said}), flush=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -2,7 +2,7 @@
 """AdamW whose moments have 16 bits, without an fp32 copy of all of them while it steps.
 
 TransformerEngine's AdamW unpacks the moments of a whole parameter group at once: 8 bytes a parameter, more than the
-short states save. It is given a piece of the group at a time here; what it computes for a parameter depends on no other.
+short states save. Here it gets a piece of the group at a time; what it computes for a parameter depends on no other.
 """
 
 from collections.abc import Callable, Iterator
