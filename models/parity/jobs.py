@@ -113,7 +113,8 @@ def run_jobs(
     Returns: Fields of :class:`models.parity.layouts.Result`, one for every job.
 
     Raises:
-        RunError: the processes failed; the end of their output is in the message.
+        RunError: the processes failed or took too long; the end of their output is in the message. What they finished
+            before is in `results.json` of the folder.
     """
     jobs_file, results_file = folder / "jobs.pt", folder / "results.json"
     torch.save(jobs, jobs_file)
@@ -135,15 +136,19 @@ def run_jobs(
     )
     if jobs[0].settings.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
-    if done.returncode or not results_file.exists():
-        raise RunError(
-            "layout processes failed",
-            where=" ".join(command),
-            got=_what_ranks_said(done.stdout + done.stderr),
-        )
+    what = "layout processes failed"
+    # The launcher ends its ranks when it is asked to, not when it is killed.
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            what = f"layout processes were stopped after {timeout_s:.0f} s"
+            process.terminate()
+            said, _ = process.communicate()
+    if process.returncode or not results_file.exists():
+        raise RunError(what, where=" ".join(command), got=_what_ranks_said(said))
     return json.loads(results_file.read_text())
 
 

@@ -85,7 +85,7 @@ class Result:
 
 
 def main(jobs_file: str, results_file: str) -> None:
-    """Run every job of a file; rank 0 writes the results."""
+    """Run every job of a file; rank 0 writes the results after each, so that those before a failure are kept."""
     warnings.filterwarnings("ignore")
     jobs: list[Job] = torch.load(jobs_file, weights_only=False)
     backend = "gloo"
@@ -95,19 +95,22 @@ def main(jobs_file: str, results_file: str) -> None:
     else:
         enable_cpu()
     store, rank, world_size = next(distributed.rendezvous("env://"))
-    results = []
+    results: list[dict[str, Any]] = []
     for number, (settings, same) in enumerate(itertools.groupby(jobs, key=lambda job: job.settings)):
         # Groups are taken down after every layout: each keeps threads that poll, and a layout has dozens of groups.
         own_store = distributed.PrefixStore(f"layout{number}", store)
         distributed.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
         groups = start_groups(settings)
-        results += [run_job(job, groups) for job in same]
+        for job in same:
+            results.append(dataclasses.asdict(run_job(job, groups)))
+            if rank == 0:
+                partial = Path(f"{results_file}.partial")
+                partial.write_text(json.dumps(results))
+                partial.replace(results_file)
         parallel_state.destroy_model_parallel()
         del groups
         distributed.destroy_process_group()
         gc.collect()  # what still refers to the groups goes in circles
-    if rank == 0:
-        Path(results_file).write_text(json.dumps([dataclasses.asdict(result) for result in results]))
 
 
 def run_job(job: Job, groups: ProcessGroupCollection) -> Result:

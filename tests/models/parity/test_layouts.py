@@ -2,7 +2,9 @@
 """The measuring itself: what is put wrong in a reference must show in the measure that is meant for it."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from megatron.core import parallel_state
 from torch import distributed
 
+from models.contract.errors import RunError
 from models.parity import layouts
-from models.parity.jobs import make_jobs
+from models.parity.jobs import make_jobs, run_jobs
 from models.parity.layouts import Job, Result
 from models.parity.matrix import LIMITS
 from models.training.cpu import cpu_megatron
@@ -79,3 +82,17 @@ def test_padding_of_a_packed_row_does_not_count() -> None:
     assert run_job(dataclasses.replace(packed, logits=((logits,),))).logits_error == pytest.approx(
         0, abs=1e-5
     )
+
+
+def test_what_ended_before_a_job_failed_is_kept(tmp_path: Path) -> None:
+    right = job()
+    broken = dataclasses.replace(right, name="broken", weights={})
+    with pytest.raises(RunError, match="layout processes failed"):
+        run_jobs([right, broken], num_processes=1, folder=tmp_path)
+    [kept] = json.loads((tmp_path / "results.json").read_text())
+    assert kept["name"] == "one"
+
+
+def test_processes_that_take_too_long_are_stopped(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="stopped after 0 s"):
+        run_jobs([job()], num_processes=1, folder=tmp_path, timeout_s=0.2)
