@@ -56,7 +56,11 @@ def test_a_training_that_saved_leaves_no_process(
     site: Site, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = make_recipe(checkpoint={"save_interval": 2, "async_save": True})
+    before = {
+        process.pid for process in psutil.Process().children(recursive=True)
+    }  # of tests beside this one
     train(recipe, site, tmp_path / "run", TrainOptions(stop_after=2))
-    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    new = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    commands = [" ".join(process.cmdline()) for process in new]
     # Python's tracker of semaphores stays as long as the tests' own process
     assert [command for command in commands if "resource_tracker" not in command] == []
