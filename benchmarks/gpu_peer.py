@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.peer_case import PeerCase, parse_case
+from models.contract.errors import HarnessError
 
 SIDES = ("transformers", "mcore_bridge", "ours")
 PEERS = SIDES[:-1]
@@ -140,9 +141,21 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[list[PeerCase], list[str]
     return cases, sides
 
 
+def has_gpu() -> bool:
+    """Whether the sides will find a device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> None:
     """Run every case."""
-    cases, names = parse_arguments(sys.argv[1:])
+    try:
+        cases, names = parse_arguments(sys.argv[1:])
+    except HarnessError as error:
+        sys.exit(str(error))
+    if not has_gpu():
+        sys.exit("peers are timed on a CUDA device, and this machine shows none")
     sides = [SideProcess(name) for name in names]
     try:
         for case in cases:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu_peer
 from benchmarks.gpu_peer import SIDES, SideProcess, make_row, parse_arguments, run_case
 from benchmarks.peer_case import PeerCase, cut_config, parse_case
 from models.contract.errors import ConfigError
@@ -213,3 +214,16 @@ def test_names_of_the_sides_agree_and_a_peer_that_is_not_there_says_so(
     monkeypatch.setitem(sys.modules, "mcore_bridge", None)
     with pytest.raises(ModuleNotFoundError, match="mcore_bridge"):
         peer_models.build_mcore_bridge(published_config("qwen3_vl_2b"), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("qwen3_vl_2b:1y448", "a case cannot be read"), ("qwen3_vl_2b:1x448", "CUDA device")],
+)
+def test_what_cannot_be_timed_is_told_at_once(
+    argument: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_peer, "has_gpu", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_peer", argument])
+    with pytest.raises(SystemExit, match=said):
+        gpu_peer.main()
