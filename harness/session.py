@@ -26,6 +26,7 @@ from harness.cases import Case
 from harness.gates.machine import RATES, baseline_rate
 from harness.grading import GateMode, grade
 from harness.hardware import REPOSITORY
+from harness.judged import keep_judged
 from harness.launch import LaunchResult, Watch, launch_case, require_new
 from harness.policy import Policy, load_policy
 from harness.records import RunRecord, load_record
@@ -119,6 +120,9 @@ def run_case(
     if options.from_logs is not None:
         source = find_log(case, options.from_logs)
         graded = _judge(load_record(source), options, case, use_baseline=use_baseline)
+        kept = run_directory(case, options, number)
+        name = keep_judged(source, kept)
+        write_grading(kept, graded, case=case, gate_mode=options.gate_mode, source=name)
         return CaseResult(case=case, run_dir=source, verdict=graded.verdict, graded=graded)
     ensure_inputs(case, options.site)
     run_dir = run_directory(case, options, number)
@@ -188,10 +192,13 @@ def judge_soundness(record: RunRecord, options: SessionOptions, *, hardware: str
     return Graded(record=record, match=match, verdict=verdict)
 
 
-def write_grading(run_dir: Path, graded: Graded, *, case: Case | None, gate_mode: GateMode) -> None:
+def write_grading(
+    run_dir: Path, graded: Graded, *, case: Case | None, gate_mode: GateMode, source: str = "."
+) -> None:
     """Write verdict.json and grading.json: what the report needs, so that it reads nothing else.
 
-    A run that is judged again without its case keeps the case it was judged as.
+    `source` is what the record is read from: a log in the folder, or the folder itself. A run that is judged again
+    without its case keeps the case it was judged as.
     """
     file = run_dir / GRADING_FILE
     facts = _case_facts(case, gate_mode)
@@ -203,6 +210,7 @@ def write_grading(run_dir: Path, graded: Graded, *, case: Case | None, gate_mode
         run_dir / GRADING_FILE,
         {
             **facts,
+            "source": source,
             "baseline": _baseline_summary(baseline) if baseline else None,
             "reference": _reference(baseline) if baseline else None,
         },

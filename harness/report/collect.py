@@ -143,7 +143,11 @@ def _message(longrepr: Any) -> str:
 
 
 def _run_folders(paths: list[Path]) -> list[Path]:
-    folders = {file.parent.resolve() for file in _files(paths, RUN_FILE)}
+    files = (
+        *_files(paths, RUN_FILE),
+        *_files(paths, GRADING_FILE),
+    )  # of a foreign log there is the grading alone
+    folders = {file.parent.resolve() for file in files}
     return sorted(
         folder for folder in folders if not any(part.startswith("attempt-") for part in folder.parts)
     )
@@ -156,11 +160,12 @@ def _files(paths: list[Path], name: str) -> list[Path]:
 
 def _entry(folder: Path) -> Entry:
     verdict = folder / VERDICT_FILE
+    grading = read_json(folder / GRADING_FILE) if (folder / GRADING_FILE).is_file() else {}
     return Entry(
         run_dir=folder,
-        record=load_record(folder),
+        record=load_record(folder / grading.get("source", ".")),
         verdict=Verdict.from_dict(read_json(verdict)) if verdict.is_file() else None,
-        grading=read_json(folder / GRADING_FILE) if (folder / GRADING_FILE).is_file() else {},
+        grading=grading,
         attempts=read_attempts(folder),
     )
 

@@ -62,6 +62,13 @@ def run_pytest(folder: Path, *options: str, ci: bool = False) -> subprocess.Comp
     )
 
 
+FOREIGN = (
+    " iteration {number:8d}/      40 | consumed samples: {number:12d} | elapsed time per iteration (ms): 100.0 | "
+    "learning rate: 1.0E-05 | global batch size: 1 | lm loss: {loss:.6E} | loss scale: 1.0 | grad norm: 1.000 | "
+    "number of skipped iterations: 0 | number of nan iterations: 0 |"
+)
+
+
 def put_baseline(folder: Path, launches: list[RunRecord], policy: Policy) -> Path:
     """Baseline of the suite's case from healthy launches."""
     directory = folder.parents[1] / "baselines"
@@ -106,6 +113,27 @@ def test_healthy_log_passes_and_ends_in_a_report(
     assert properties["match_level"] == "exact"
     assert properties["C3.status"] == "pass"
     assert properties["retried"] == "0"
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [(case["case"], case["verdict"]["name"]) for case in report["cases"]] == [
+        ("convergence/synthetic@cpu", "PASS")
+    ]
+
+
+def test_report_shows_a_foreign_log_and_leaves_it_alone(suite: Path, tmp_path: Path) -> None:
+    log = tmp_path / "theirs.log"
+    log.write_text("\n".join(FOREIGN.format(number=number, loss=3 - number / 100) for number in range(1, 41)))
+    before = log.read_bytes()
+    where = ("-m", "cpu", "--from-logs", str(log), "--missing-baseline", "skip")
+    done = run_pytest(suite, *where, "--baseline-dir", str(tmp_path / "none"))
+    assert done.returncode == 0, done.stdout
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [case["verdict"]["name"] for case in report["cases"]] == ["NO_BASELINE"]
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert "megatron_lm" in html
+    assert "2.7950" in html  # the mean of its losses
+    assert (log.read_bytes(), [file.name for file in tmp_path.glob("theirs*")]) == (before, ["theirs.log"])
+    again = run_pytest(suite, *where, "--baseline-dir", str(tmp_path / "none"))
+    assert again.returncode == 0, again.stdout
 
 
 def test_regression_fails_the_test_and_names_the_effect(
