@@ -57,6 +57,7 @@ def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Re
                 "checkpoint": options.model,
                 "init": "random",
                 "attention_backend": options.backend,
+                "experts_backend": options.experts,
             },
             "data": {
                 "dataset": "fixed-shapes",
@@ -201,6 +202,9 @@ def case_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--no-update", action="store_true", help="forward and backward only")
     parser.add_argument("--backend", default="auto", choices=["auto", "te", "torch"])
+    parser.add_argument(
+        "--experts", default="te", choices=["te", "grouped"], help="whose products experts take"
+    )
     parser.add_argument("--fp8", default="", choices=["", "tensorwise", "blockwise", "delayed"])
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
     parser.add_argument("--bf16-grads", action="store_true", help="reduce gradients in bf16 instead of fp32")

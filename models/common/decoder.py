@@ -110,6 +110,7 @@ def build_decoder(
             settings.attention_backend,
             is_causal=True,
             is_moe=layer not in dense_layers,
+            experts_backend=settings.experts_backend,
             module=DeepstackLayer if num_deepstack else TransformerLayer,
         )
         for layer in range(offset, offset + count)

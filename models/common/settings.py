@@ -10,6 +10,7 @@ from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe
 
 AttentionBackend = Literal["te", "torch"]
+ExpertsBackend = Literal["te", "grouped"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -19,6 +20,8 @@ class ModelSettings:
 
     dtype: torch.dtype = torch.float32
     attention_backend: AttentionBackend = "torch"
+    experts_backend: ExpertsBackend = "te"
+    """`grouped`: all experts of a layer in one launch, with the `te` attention backend; `te`: those of the backend."""
     tensor_model_parallel_size: int = 1
     sequence_parallel: bool = False
     pipeline_model_parallel_size: int = 1
@@ -83,9 +86,19 @@ def settings_from_recipe(recipe: Recipe, *, device: str) -> ModelSettings:
             got=f"device {device}",
             fix="leave fp8 out on this machine",
         )
+    attention_backend = resolve_attention_backend(recipe.model.attention_backend, device)
+    if recipe.model.experts_backend == "grouped" and attention_backend != "te":
+        raise ConfigError(
+            "experts_backend 'grouped' cannot run here",
+            where="recipe [model] experts_backend",
+            expected="attention_backend te, for which a CUDA device and transformer_engine are needed",
+            got=f"attention_backend {attention_backend} on device {device}",
+            fix="use experts_backend = 'te'",
+        )
     return ModelSettings(
         dtype=DTYPES[precision.dtype],
-        attention_backend=resolve_attention_backend(recipe.model.attention_backend, device),
+        attention_backend=attention_backend,
+        experts_backend=recipe.model.experts_backend,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

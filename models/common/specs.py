@@ -23,7 +23,7 @@ from torch import Tensor
 
 from models.common.attention import TorchCoreAttention, te_core_attention
 from models.common.norms import norm_of
-from models.common.settings import AttentionBackend
+from models.common.settings import AttentionBackend, ExpertsBackend
 
 FUSED_NORM_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -65,6 +65,7 @@ def layer_spec(
     *,
     is_causal: bool,
     is_moe: bool = False,
+    experts_backend: ExpertsBackend = "te",
     module: type[TransformerLayer] = TransformerLayer,
 ) -> ModuleSpec:
     """Specification of one layer.
@@ -74,13 +75,16 @@ def layer_spec(
         backend: `torch` runs everywhere; `te` needs transformer_engine and a GPU.
         is_causal: Decoder layers are, vision layers are not.
         is_moe: Experts instead of a dense MLP.
+        experts_backend: Whose products experts take, of the `te` backend's.
         module: The layer class; with TransformerEngine it also gets the short way of :mod:`models.common.dense_layer`.
 
     Returns: What megatron-core builds a layer from.
     """
     if backend == "te":
         module = _with_short_way(module)
-    submodules = (_te_layer if backend == "te" else _torch_layer)(config, is_causal=is_causal, is_moe=is_moe)
+        submodules = _te_layer(config, is_causal=is_causal, is_moe=is_moe, experts_backend=experts_backend)
+    else:
+        submodules = _torch_layer(config, is_causal=is_causal, is_moe=is_moe)
     return ModuleSpec(module=module, submodules=submodules)
 
 
@@ -93,6 +97,12 @@ def _with_short_way(module: type[TransformerLayer]) -> type[TransformerLayer]:
     # What the class does around a layer it then does around the short way.
     bases: tuple[Any, ...] = (module, DenseLayer)
     return type(module.__name__, bases, {})
+
+
+def _with_grouped_products(experts: type[Any]) -> type[Any]:
+    from models.common.grouped_experts import with_grouped_products  # its kernels need Triton
+
+    return with_grouped_products(experts)
 
 
 def te_attends(config: TransformerConfig) -> bool:
@@ -138,7 +148,9 @@ def _torch_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) ->
     )
 
 
-def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> TransformerLayerSubmodules:
+def _te_layer(
+    config: TransformerConfig, *, is_causal: bool, is_moe: bool, experts_backend: ExpertsBackend
+) -> TransformerLayerSubmodules:
     from megatron.core.extensions.transformer_engine import (
         TEActivationOp,
         TEColumnParallelGroupedLinear,
@@ -162,7 +174,8 @@ def _te_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) -> Tr
         grouped = GroupedMLPSubmodules(
             linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
         )
-        mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(TEGroupedMLP, submodules=grouped)))
+        experts: Any = _with_grouped_products(TEGroupedMLP) if experts_backend == "grouped" else TEGroupedMLP
+        mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(experts, submodules=grouped)))
         mlp_norm = norm if has_own_norm else TENorm
     else:
         assert config.ffn_hidden_size is not None

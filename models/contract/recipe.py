@@ -34,6 +34,8 @@ class ModelSection(BaseModel):
     num_layers: int | None = Field(default=None, ge=1)
     """Cut the decoder to its first layers (debug runs)."""
     attention_backend: Literal["auto", "te", "torch"] = "auto"
+    experts_backend: Literal["te", "grouped"] = "te"
+    """`grouped`: all experts of a layer in one launch, in bf16 on one rank of expert tensor parallelism."""
     freeze: tuple[Literal["language", "vision", "projector", "audio"], ...] = ()
 
 
@@ -224,7 +226,8 @@ class Recipe(BaseModel):
     def what_changes_numbers(self) -> dict[str, Any]:
         """Plain data without name, description, notes, the hardware list, logging and what is kept on disk.
 
-        A table that a recipe leaves out is left out here too: recipes keep the hash they had before there was one.
+        A table or a later key that a recipe leaves out is left out here too: recipes keep the hash they had before
+        there was one.
         """
         data = self.model_dump(
             mode="json", exclude={"name", "description", "notes", "hardware", "checkpoint"}
@@ -233,6 +236,8 @@ class Recipe(BaseModel):
             data["train"].pop(key)
         if self.data.fixed_shapes is None:
             data["data"].pop("fixed_shapes")
+        if self.model.experts_backend == "te":
+            data["model"].pop("experts_backend")
         return data
 
     def sha(self) -> str:

@@ -20,7 +20,7 @@ def check_run(recipe: Recipe, *, hardware: str | None = None) -> list[LayoutProb
     """
     problems = [
         *_batches(recipe), *check_fixed_shapes(recipe), *_recompute(recipe), *_evaluation(recipe),
-        *_optimizer(recipe), *_fsdp2(recipe),
+        *_optimizer(recipe), *_grouped_experts(recipe), *_fsdp2(recipe),
     ]  # fmt: skip
     return [*problems, *_cpu(recipe)] if hardware == "cpu" else problems
 
@@ -125,6 +125,26 @@ def _optimizer(recipe: Recipe) -> Iterator[LayoutProblem]:
         )  # fmt: skip
 
 
+def _grouped_experts(recipe: Recipe) -> Iterator[LayoutProblem]:
+    if recipe.model.experts_backend != "grouped":
+        return
+    parallel, precision, engine = recipe.parallel, recipe.precision, recipe.train.engine
+    etp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    without = {
+        "train.engine": (engine != "megatron", engine, "use engine = 'megatron'"),
+        "model.attention_backend": (recipe.model.attention_backend == "torch", "torch", "use 'te' or 'auto'"),
+        "precision.dtype": (precision.dtype != "bf16", precision.dtype, "use bf16"),
+        "precision.fp8": (precision.fp8 is not None, str(precision.fp8), "leave it out"),
+        "parallel.expert_tensor_parallel_size": (etp > 1, str(etp), "set it to 1"),
+    }
+    for where, (is_set, got, fix) in without.items():
+        if is_set:
+            yield LayoutProblem(
+                rule="experts in one launch are those of the te backend in bf16, each whole on a rank", where=where,
+                got=f"{got} with model.experts_backend = grouped", fix=f"{fix}, or experts_backend = 'te'",
+            )  # fmt: skip
+
+
 def _fsdp2(recipe: Recipe) -> Iterator[LayoutProblem]:
     if recipe.train.engine != "fsdp2":
         return
@@ -160,6 +180,7 @@ def _cpu(recipe: Recipe) -> Iterator[LayoutProblem]:
     needs_gpu = {
         "precision.fp8": (precision.fp8 is not None, str(precision.fp8), "leave it out"),
         "model.attention_backend": (recipe.model.attention_backend == "te", "te", "use 'torch' or 'auto'"),
+        "model.experts_backend": (recipe.model.experts_backend == "grouped", "grouped", "leave it out"),
         "optimizer.use_precision_aware_optimizer": (
             optimizer.use_precision_aware_optimizer, "true", "set it to false"
         ),

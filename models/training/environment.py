@@ -52,7 +52,8 @@ def describe_kernels(recipe: Recipe, device: torch.device) -> str:
         return "transformers"
     backend = resolve_attention_backend(recipe.model.attention_backend, device.type)
     if backend == "te":
-        return "transformer_engine"
+        has_own_experts = recipe.model.experts_backend == "grouped"
+        return "transformer_engine, grouped experts" if has_own_experts else "transformer_engine"
     if device.type == "cuda" and recipe.model.attention_backend == "auto":
         logger.warning("TransformerEngine is not installed: torch's kernels take over, slower")
         return "torch, as transformer_engine is not installed"

@@ -74,7 +74,9 @@ class MegatronEngine:
         # together: through a frozen decoder none would that has no media, and the others would wait for it.
         shares_frozen_experts = self.ranks.layout["ep"] > 1 and "language" in self.recipe.model.freeze
         if self.ranks.layout["pp"] == 1 and not shares_frozen_experts:
-            self.modules[0].are_gradients_awaited = partial(optimizers.are_gradients_awaited, self.chunks[0])
+            for module in self.modules[0].modules():  # the model itself, and experts that take the short way
+                if hasattr(module, "are_gradients_awaited"):
+                    module.are_gradients_awaited = partial(optimizers.are_gradients_awaited, self.chunks[0])
 
     def forward_backward(
         self, batches: list[Batch], *, denominator: float, num_padded_tokens: int

@@ -78,6 +78,32 @@ def test_gpu_model_that_recomputes_equals_transformers(name: str, recompute: str
     assert not found.exceeding(LIMITS["bf16"]), str(found)
 
 
+@pytest.mark.skipif("te" not in BACKENDS, reason="grouped experts stand in TransformerEngine's layers")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", [name for name in TINY if "num_experts" in TINY[name].config["text_config"]])
+def test_gpu_model_with_grouped_experts_equals_transformers(
+    name: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("went expert by expert")
+
+    monkeypatch.setattr(TEGroupedMLP, "forward", refuse)
+    pair = make_pair(name, settings("te", "bf16", experts_backend="grouped", recompute=recompute))
+    pair.model.cuda()
+    cases = [*CASES, *(AUDIO_CASES if pair.architecture.audio is not None else ())]
+    wrong = []
+    for case in cases if recompute == "none" else ("mixed",):
+        made, reference = pair.case(case)
+        found = measure_rounding(pair, made, reference, gradient_floor=LIMITS["bf16"].gradient_floor)
+        assert found.dictated.num_gradients == len(pair.rules)
+        exceeding = found.exceeding(LIMITS["bf16"])
+        print(f"{name}, grouped experts, {recompute}, {case}: {found} {'DIFFERS' if exceeding else 'agrees'}")  # noqa: T201
+        wrong += [f"{case}: {what}" for what in exceeding]
+    assert not wrong
+
+
 def product_format(backend: str, dtype: str, *, has_experts: bool) -> str:
     """TransformerEngine multiplies fp32 as TF32, and so does megatron-core's router wherever it is installed."""
     is_tf32 = backend == "te" or (has_experts and len(BACKENDS) > 1)

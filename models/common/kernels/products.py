@@ -35,7 +35,7 @@ def weight_gradient(weight: Tensor, d_out: Tensor, rows: Tensor) -> Tensor | Non
     """
     if not weight.requires_grad:
         return None
-    main_grad, width = _main_grad(weight), weight.shape[1]
+    main_grad, width = main_grad_of(weight), weight.shape[1]
     if main_grad is None:
         return (d_out.t() @ rows)[:, :width]
     is_whole = rows.shape[1] == width
@@ -59,7 +59,7 @@ def vector_gradients(
         if vector is None or gradient is None or not vector.requires_grad:
             returned.append(None)
             continue
-        main_grad = _main_grad(vector)
+        main_grad = main_grad_of(vector)
         if main_grad is None:
             returned.append(gradient.to(vector.dtype))
             continue
@@ -82,8 +82,8 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left @ right if is_plain else torch.mm(left, right, out_dtype=dtype)
 
 
-def _main_grad(parameter: Any) -> Tensor | None:
-    """Megatron's data parallelism has given the parameter both, or it has none."""
+def main_grad_of(parameter: Any) -> Tensor | None:
+    """Where data parallelism sums a parameter's gradients, or None; Megatron's gives a parameter both, or neither."""
     return parameter.main_grad if hasattr(parameter, "grad_added_to_main_grad") else None
 
 

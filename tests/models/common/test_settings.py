@@ -36,6 +36,13 @@ def test_fp8_on_a_cpu_is_refused() -> None:
         settings_from_recipe(recipe(precision={"fp8": "tensorwise"}), device="cpu")
 
 
+def test_grouped_experts_need_the_kernels_of_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="experts_backend 'grouped' cannot run here") as error:
+        settings_from_recipe(recipe(model={"experts_backend": "grouped"}), device="cpu")
+    assert "use experts_backend = 'te'" in str(error.value)
+    assert settings_from_recipe(recipe(), device="cpu").experts_backend == "te"
+
+
 def test_te_on_a_cpu_is_refused_and_auto_takes_torch() -> None:
     assert resolve_attention_backend("auto", "cpu") == "torch"
     with pytest.raises(ConfigError, match="attention_backend 'te' cannot run here") as error:

@@ -118,11 +118,42 @@ def test_layouts_that_divide_pass(size: str, parallel: dict[str, Any]) -> None:
         ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "precision": {"recompute": "full", "recompute_num_layers": 2}},
          "fsdp2 engine does not"),
         ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "optimizer": {"cpu_offload_fraction": 0.5}}, "fsdp2 engine"),
+        ("qwen3_vl_8b", {"model": {"experts_backend": "grouped"}}, "only a mixture of experts has experts"),
     ],
 )  # fmt: skip
 def test_broken_rule_is_named(size: str, sections: dict[str, Any], rule: str) -> None:
     found = rules(size, **sections)
     assert any(rule in line for line in found), found
+
+
+GROUPED = {"model": {"experts_backend": "grouped"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "where"),
+    [
+        ({"model": {"experts_backend": "grouped", "attention_backend": "torch"}}, "model.attention_backend"),
+        ({"precision": {"fp8": "blockwise"}}, "precision.fp8"),
+        ({"precision": {"dtype": "fp16"}}, "precision.dtype"),
+        ({"train": {"engine": "fsdp2"}}, "train.engine"),
+        ({"parallel": {"expert_tensor_parallel_size": 2}}, "parallel.expert_tensor_parallel_size"),
+        # where it is not said, it is that of the other layers
+        ({"parallel": {"tensor_model_parallel_size": 4, "sequence_parallel": True}},
+         "parallel.expert_tensor_parallel_size"),
+    ],
+)  # fmt: skip
+def test_experts_in_one_launch_are_refused_where_there_is_no_kernel(
+    sections: dict[str, Any], where: str
+) -> None:
+    architecture = published_architecture("qwen3_vl_30b_a3b")
+    [problem] = check_layout(architecture, recipe(**GROUPED | sections))
+    assert problem.where == where
+    assert problem.rule.startswith("experts in one launch")
+    assert "experts_backend = 'te'" in problem.fix
+    split = {"tensor_model_parallel_size": 4, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
+    assert check_layout(architecture, recipe(**GROUPED, parallel=split)) == []
+    [problem] = check_layout(architecture, recipe(**GROUPED), hardware="cpu")
+    assert (problem.where, problem.rule) == ("model.experts_backend", "this needs a GPU")
 
 
 @pytest.mark.parametrize(

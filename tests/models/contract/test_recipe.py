@@ -59,6 +59,16 @@ def test_recipe_hash_is_that_of_a_recipe_without_the_table_where_it_is_left_out(
     assert len(hashes) == 3
 
 
+def test_recipe_hash_sees_a_later_key_only_where_it_is_not_its_default(tmp_path: Path) -> None:
+    chosen, default = (
+        load(tmp_path, MINIMAL.replace("[model]", f'[model]\nexperts_backend = "{backend}"'))
+        for backend in ("grouped", "te")
+    )
+    assert default.sha() == load(tmp_path, MINIMAL).sha()
+    assert chosen.sha() != default.sha()
+    assert chosen.model.experts_backend == "grouped"
+
+
 def test_recipe_names_the_nearest_key_of_a_table_that_may_be_left_out(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, MINIMAL + "[data.fixed_shapes]\nsamples = 1\nimages = 1\nimage_sze = 336\n")

@@ -12,11 +12,18 @@ import pytest
 import torch
 
 from models.contract.errors import ConfigError, HarnessError, RunError
-from models.contract.recipe import Recipe
+from models.contract.recipe import Recipe, differences
 from models.contract.record import METRICS_FILE, RUN_FILE, iter_metrics, read_run_info
 from models.contract.site import Site
 from models.training import checkpoint
-from models.training.checkpoint import FILES_FILE, FOLDER, STATE_FILE, TRACKER_FILE, latest_checkpoint
+from models.training.checkpoint import (
+    FILES_FILE,
+    FOLDER,
+    STATE_FILE,
+    TRACKER_FILE,
+    latest_checkpoint,
+    training_identity,
+)
 from models.training.progress import TrainOptions
 from models.training.start import train
 
@@ -207,6 +214,17 @@ def test_limits_may_change_from_one_attempt_to_the_next(
     state_file.write_text(json.dumps(state))
     others = {"train": {"non_finite": "skip"}, "data": {"max_skipped_fraction": 0.5}}
     assert resume(make_recipe(checkpoint=SAVES, **others), site, run, stop_after=5) == "interrupted"
+
+
+def test_checkpoint_of_other_experts_is_refused_and_one_before_there_was_a_choice_is_not(
+    make_recipe: MakeRecipe,
+) -> None:
+    plain, grouped = (
+        training_identity(make_recipe(model={"experts_backend": backend})) for backend in ("te", "grouped")
+    )
+    assert "experts_backend" not in plain["model"]
+    [found] = differences(plain, grouped, "in the checkpoint", "in the recipe")
+    assert found == "model.experts_backend: None in the checkpoint, 'grouped' in the recipe"
 
 
 def test_a_dataset_that_was_made_again_is_refused(stopped: Any, site: Site, make_recipe: MakeRecipe) -> None:

@@ -292,3 +292,5 @@ def test_the_kernels_are_on_record(
     assert describe_kernels(make_recipe(model={"attention_backend": "torch"}), gpu) == "torch"
     is_installed[0] = True
     assert describe_kernels(auto, gpu) == "transformer_engine"
+    grouped = make_recipe(model={"experts_backend": "grouped"})
+    assert describe_kernels(grouped, gpu) == "transformer_engine, grouped experts"
