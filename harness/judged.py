@@ -6,9 +6,7 @@ import shutil
 from pathlib import Path
 
 from harness.launch import require_new
-from models.contract.record import RUN_FILE
-
-LOCK_FILE = ".lock"
+from models.contract.record import LOCK_FILE, RUN_FILE
 
 
 def keep_judged(source: Path, run_dir: Path) -> str:
@@ -17,7 +15,7 @@ def keep_judged(source: Path, run_dir: Path) -> str:
     The source stays as it is. One that is the folder itself is not copied; an earlier copy of it is replaced.
 
     Args:
-        source: What was judged.
+        source: What was judged, as its record names it: the folder of a run, whichever of its files was given.
         run_dir: Where the case's run would be.
 
     Returns: What to read in `run_dir`: a file's name, or `.` for the folder.

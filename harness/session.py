@@ -118,8 +118,9 @@ def run_case(
         KeyboardInterrupt: the run was stopped; its directory is whole.
     """
     if options.from_logs is not None:
-        source = find_log(case, options.from_logs)
-        graded = _judge(load_record(source), options, case, use_baseline=use_baseline)
+        record = load_record(find_log(case, options.from_logs))
+        source = Path(record.source)
+        graded = _judge(record, options, case, use_baseline=use_baseline)
         kept = run_directory(case, options, number)
         name = keep_judged(source, kept)
         write_grading(kept, graded, case=case, gate_mode=options.gate_mode, source=name)

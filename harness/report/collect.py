@@ -143,11 +143,8 @@ def _message(longrepr: Any) -> str:
 
 
 def _run_folders(paths: list[Path]) -> list[Path]:
-    files = (
-        *_files(paths, RUN_FILE),
-        *_files(paths, GRADING_FILE),
-    )  # of a foreign log there is the grading alone
-    folders = {file.parent.resolve() for file in files}
+    names = (RUN_FILE, GRADING_FILE)  # of a foreign log there is the grading alone
+    folders = {file.parent.resolve() for name in names for file in _files(paths, name)}
     return sorted(
         folder for folder in folders if not any(part.startswith("attempt-") for part in folder.parts)
     )

@@ -18,12 +18,13 @@ from megatron.core.transformer import TransformerConfig, TransformerLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from models.common.fused_layers import FusedSelfAttention, norm_weight, wait_for_weights
+from models.common.fused_layers import FusedSelfAttention, is_watched, norm_weight, wait_for_weights
 from models.common.kernels.norm import NormStatistics, norm_backward, norm_forward
 from models.common.kernels.products import (
     bias_gradient,
     linear,
     linear_onto,
+    padded,
     vector_gradients,
     weight_gradient,
 )
@@ -77,17 +78,10 @@ class DenseLayer(TransformerLayer):
         """
         angles: Any = kwargs.get("rotary_pos_emb")
         is_plain = isinstance(angles, Tensor) and kwargs.get("inference_context") is None
-        if not (self._is_short and is_plain) or self._is_watched():
+        if not (self._is_short and is_plain) or is_watched(self.self_attention, self.mlp, *self._owners):
             return cast(Any, super().forward(hidden_states, *args, **kwargs))
         wait_for_weights(*self._owners)
         return self._forward(hidden_states, angles, kwargs.get("packed_seq_params")), kwargs.get("context")
-
-    def _is_watched(self) -> bool:
-        inside: tuple[Any, ...] = (self.self_attention, self.mlp, *self._owners)
-        return any(
-            module._forward_hooks or module._forward_pre_hooks_with_kwargs or module._backward_hooks
-            for module in inside
-        )
 
     def _forward(self, hidden_states: Tensor, angles: Tensor, segments: Any) -> Tensor:
         attention: Any = self.self_attention
@@ -210,7 +204,7 @@ class _AfterAttention(torch.autograd.Function):
         ctx.save_for_backward(heads, rows, inner, *kept, *statistics)
         ctx.parameters = (proj, proj_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias)
         ctx.activation, ctx.eps, ctx.attended_shape = activation, eps, attended.shape
-        return linear_onto(middle, activated, _padded(fc2, activated.shape[1]), fc2_bias)
+        return linear_onto(middle, activated, padded(fc2, activated.shape[1]), fc2_bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -222,7 +216,7 @@ class _AfterAttention(torch.autograd.Function):
             normed, _ = norm_forward(rows, norm_weight, norm_bias, ctx.eps)
             activated = _activate(inner, ctx.activation)
         d_fc2 = weight_gradient(fc2, d_out, activated)
-        d_inner = _activation_backward(d_out @ _padded(fc2, activated.shape[1]), inner, ctx.activation)
+        d_inner = _activation_backward(d_out @ padded(fc2, activated.shape[1]), inner, ctx.activation)
         d_fc1 = weight_gradient(fc1, d_inner, normed)
         d_middle, d_norm_weight, d_norm_bias = norm_backward(
             rows, norm_weight, NormStatistics(*statistics), d_inner @ fc1, d_out
@@ -253,8 +247,3 @@ def _activation_backward(gradient: Tensor, inner: Tensor, activation: str) -> Te
         return swiglu_backward(gradient, inner)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return torch.ops.aten.gelu_backward(gradient, inner, approximate=approximate)
-
-
-def _padded(weight: Tensor, width: int) -> Tensor:
-    """[o, i] -> [o, width] with zeros behind: Qwen2.5-VL's vision MLP is 3,420 wide, which is not aligned."""
-    return weight if weight.shape[1] == width else F.pad(weight, (0, width - weight.shape[1]))

@@ -100,6 +100,14 @@ def wait_for_weights(*modules: Any) -> None:
                 hook(module, ())
 
 
+def is_watched(*modules: Any) -> bool:
+    """Whether hooks stand in modules that would not be called."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks_with_kwargs or module._backward_hooks
+        for module in modules
+    )
+
+
 def norm_weight(norm: Any) -> Tensor | None:
     """Weight of a norm over heads; None where there is none, or an identity in its place."""
     return None if norm is None else norm._parameters.get("weight")

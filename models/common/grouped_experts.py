@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from models.common.fused_layers import wait_for_weights
+from models.common.fused_layers import is_watched, wait_for_weights
 from models.common.kernels.grouped import (
     as_one,
     grouped_linear,
     grouped_linear_backward,
     grouped_weight_gradients,
 )
-from models.common.kernels.products import main_grad_of
+from models.common.kernels.products import main_grad_of, padded
 from models.common.kernels.swiglu import weighted_swiglu_backward, weighted_swiglu_forward
 from models.common.specs import ALIGNMENT
 from models.common.transfer import to_device
@@ -83,7 +83,12 @@ class _GroupedExperts:
         Returns: [t, h], and None for a bias.
         """
         rows, probs = permuted_local_hidden_states, permuted_probs
-        if not self._is_short or buffers or not _has_products(rows) or self._is_watched():
+        if (
+            not self._is_short
+            or buffers
+            or not _has_products(rows)
+            or is_watched(self.linear_fc1, self.linear_fc2)
+        ):
             base: Any = super()
             return base.forward(rows, tokens_per_expert, probs, **buffers)
         wait_for_weights(self.linear_fc1, self.linear_fc2)
@@ -96,12 +101,6 @@ class _GroupedExperts:
         passed = weights[:1] if is_alone else weights
         out = _Experts.apply(rows, probs, ends, fc1, fc2, keeps, *passed)
         return cast(Tensor, out), None
-
-    def _is_watched(self) -> bool:
-        return any(
-            module._forward_hooks or module._forward_pre_hooks_with_kwargs or module._backward_hooks
-            for module in (self.linear_fc1, self.linear_fc2)
-        )
 
 
 def can_be_grouped(config: TransformerConfig) -> bool:
@@ -159,11 +158,6 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(weights)) if view is None else view
 
 
-def _padded(weights: Tensor, width: int) -> Tensor:
-    """[e, o, i] -> [e, o, width] with zeros behind."""
-    return weights if weights.shape[2] == width else F.pad(weights, (0, width - weights.shape[2]))
-
-
 class _Experts(torch.autograd.Function):
     """Rows [t, h], their weights [t] and the ends of groups [e] -> [t, h]."""
 
@@ -183,7 +177,7 @@ class _Experts(torch.autograd.Function):
         activated = weighted_swiglu_forward(inner, probs, _activated_width(inner))
         ctx.save_for_backward(rows, probs, ends, inner, activated if keeps else None)
         ctx.weights, ctx.num_passed = (fc1, fc2), len(passed)
-        return grouped_linear(activated, _padded(_joined(fc2), activated.shape[1]), ends)
+        return grouped_linear(activated, padded(_joined(fc2), activated.shape[1]), ends)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -193,7 +187,7 @@ class _Experts(torch.autograd.Function):
         if activated is None:
             activated = weighted_swiglu_forward(inner, probs, _activated_width(inner))
         d_fc2 = _gradients(fc2, d_out, activated, ends)
-        d_activated = grouped_linear_backward(d_out, _padded(_joined(fc2), activated.shape[1]), ends)
+        d_activated = grouped_linear_backward(d_out, padded(_joined(fc2), activated.shape[1]), ends)
         del activated
         d_inner, d_probs = weighted_swiglu_backward(d_activated, inner, probs)
         d_fc1 = _gradients(fc1, d_inner, rows, ends)

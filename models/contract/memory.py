@@ -164,12 +164,17 @@ def _attention_width(text: TextArchitecture) -> int:
     return 2 * queries + 2 * keys + (queries + 2 * keys) * text.qk_layernorm
 
 
+def _has_own_kernels(recipe: Recipe) -> bool:
+    """`auto` is TransformerEngine's backend, which has them, until a machine without it says `torch`."""
+    return recipe.model.attention_backend != "torch" and recipe.train.engine == "megatron"
+
+
 def _recomputes_activation(recipe: Recipe, text: TextArchitecture) -> bool:
     """Whether selective recompute reaches norms and activation (dense) or the activation (experts).
 
     Elsewhere it is the attention core's: see :class:`models.common.dense_layer.DenseLayer`.
     """
-    if recipe.model.attention_backend == "torch" or recipe.train.engine != "megatron":
+    if not _has_own_kernels(recipe):
         return False
     is_dense = text.moe is None
     plain = recipe.precision.fp8 is None and recipe.parallel.tensor_model_parallel_size == 1
@@ -203,8 +208,7 @@ def _logits(recipe: Recipe, text: TextArchitecture) -> float:
     """
     tokens = recipe.train.micro_batch_size * recipe.data.seq_length / recipe.parallel.context_parallel_size
     width = BYTES[recipe.precision.dtype]
-    has_kernel = recipe.model.attention_backend != "torch" and recipe.train.engine == "megatron"
-    kept = tokens * width + text.hidden_size * width if has_kernel else tokens * (2 * width + 4)
+    kept = (tokens + text.hidden_size) * width if _has_own_kernels(recipe) else tokens * (2 * width + 4)
     return kept * text.vocab_size / recipe.parallel.tensor_model_parallel_size
 
 

@@ -24,6 +24,8 @@ from models.contract.errors import RunError
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+"""Held while a training runs in the directory."""
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
 

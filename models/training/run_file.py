@@ -20,6 +20,7 @@ from pathlib import Path
 from models.contract.errors import ConfigError, HarnessError, RunError
 from models.contract.recipe import Recipe
 from models.contract.record import (
+    LOCK_FILE,
     METRICS_FILE,
     RUN_FILE,
     RunInfo,
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 FAILURES = "failures"
 """Folder with one file for each rank that failed."""
-LOCK_FILE = ".lock"
 
 
 @contextmanager

@@ -42,10 +42,12 @@ def step_in_pieces(inner: Any, *, piece: int = PIECE) -> None:
 def pieces(parameters: list[Tensor], piece: int) -> Iterator[list[Tensor]]:
     """Neighbours that together have at most `piece` elements, or one tensor that has more."""
     chosen: list[Tensor] = []
+    size = 0
     for parameter in parameters:
-        if chosen and sum(tensor.numel() for tensor in chosen) + parameter.numel() > piece:
+        if chosen and size + parameter.numel() > piece:
             yield chosen
-            chosen = []
+            chosen, size = [], 0
         chosen.append(parameter)
+        size += parameter.numel()
     if chosen:
         yield chosen

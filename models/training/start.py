@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from models.common.settings import resolve_attention_backend
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError, RunError
 from models.contract.families import load_architecture
@@ -141,7 +142,10 @@ def require_memory(recipe: Recipe, architecture: Architecture, launcher: Launche
     device = pick_device(launcher.local_rank)
     if device.type != "cpu":
         memory_gib = device_memory_bytes(device) / GIB
-        require_fit(plan_training(recipe, architecture, memory_gib=memory_gib, bf16_tflops=None), recipe)
+        backend = resolve_attention_backend(recipe.model.attention_backend, device.type)
+        model = recipe.model.model_copy(update={"attention_backend": backend})
+        planned = recipe.model_copy(update={"model": model})  # torch's kernels, which take over, need more
+        require_fit(plan_training(planned, architecture, memory_gib=memory_gib, bf16_tflops=None), recipe)
 
 
 def require_trace(recipe: Recipe, options: TrainOptions, progress: Progress) -> None:

@@ -14,7 +14,8 @@ from harness.baselines import BaselineKey, baseline_of_records
 from harness.baselines.store import baseline_path, write_baseline
 from harness.hardware import REPOSITORY
 from harness.policy import Policy
-from harness.records import RunRecord
+from harness.records import RunRecord, load_record
+from models.contract.record import METRICS_FILE
 from suites.detection.synthetic import Row, SyntheticRun, recipe_of, write_synthetic_run
 
 TEST = """
@@ -105,7 +106,8 @@ def test_healthy_log_passes_and_ends_in_a_report(
 ) -> None:
     baselines = put_baseline(suite, launches, policy)
     junit = tmp_path / "junit.xml"
-    options = ("-m", "cpu", "--from-logs", launches[3].source, "--baseline-dir", str(baselines))
+    metrics = Path(launches[3].source) / METRICS_FILE  # one of a run's files stands for the run
+    options = ("-m", "cpu", "--from-logs", str(metrics), "--baseline-dir", str(baselines))
     done = run_pytest(suite, *options, "--junitxml", str(junit), ci=True)
     assert done.returncode == 0, done.stdout
     properties = {item.get("name"): item.get("value") for item in ET.parse(junit).getroot().iter("property")}
@@ -117,6 +119,9 @@ def test_healthy_log_passes_and_ends_in_a_report(
     assert [(case["case"], case["verdict"]["name"]) for case in report["cases"]] == [
         ("convergence/synthetic@cpu", "PASS")
     ]
+    kept = load_record(tmp_path / "runs" / "convergence" / "synthetic@cpu")
+    assert kept.series.equals(launches[3].series)
+    assert kept.info == launches[3].info
 
 
 def test_report_shows_a_foreign_log_and_leaves_it_alone(suite: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,6 +23,11 @@ def linear_onto(residual: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | N
         return out
     torch.addmm(bias, rows, weight.t(), out=flat)
     return out.add_(residual)
+
+
+def padded(weight: Tensor, width: int) -> Tensor:
+    """[..., i] -> [..., width] with zeros behind: Qwen2.5-VL's vision MLP is 3,420 wide, which is not aligned."""
+    return weight if weight.shape[-1] == width else F.pad(weight, (0, width - weight.shape[-1]))
 
 
 def weight_gradient(weight: Tensor, d_out: Tensor, rows: Tensor) -> Tensor | None:

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from models.contract.errors import ConfigError, RunError
+from models.contract.families import published_architecture
+from models.contract.launcher import read_launcher_environment
+from models.contract.memory import estimate_memory
 from models.contract.recipe import Recipe
 from models.contract.record import read_run_info
 from models.contract.site import Site
@@ -294,3 +297,22 @@ def test_the_kernels_are_on_record(
     assert describe_kernels(auto, gpu) == "transformer_engine"
     grouped = make_recipe(model={"experts_backend": "grouped"})
     assert describe_kernels(grouped, gpu) == "transformer_engine, grouped experts"
+
+
+def test_memory_is_planned_for_the_kernels_that_will_run(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = published_architecture("qwen2_5_vl_7b")
+    auto, torch_alone = (
+        make_recipe(model={"attention_backend": name}, data={"seq_length": 8192}, precision={"dtype": "bf16"})
+        for name in ("auto", "torch")
+    )
+    needed = estimate_memory(torch_alone, sizes).total
+    assert estimate_memory(auto, sizes).total < needed - 2**20
+    monkeypatch.setattr(start, "pick_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(start, "device_memory_bytes", lambda _: needed - 2**20)
+    monkeypatch.setattr(start, "resolve_attention_backend", lambda *_: "te")
+    start.require_memory(auto, sizes, read_launcher_environment())
+    monkeypatch.setattr(start, "resolve_attention_backend", lambda *_: "torch")
+    with pytest.raises(ConfigError, match="does not fit"):
+        start.require_memory(auto, sizes, read_launcher_environment())
