@@ -203,7 +203,7 @@ def case_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-update", action="store_true", help="forward and backward only")
     parser.add_argument("--backend", default="auto", choices=["auto", "te", "torch"])
     parser.add_argument(
-        "--experts", default="te", choices=["te", "grouped"], help="whose products experts take"
+        "--experts", default="auto", choices=["auto", "te", "grouped"], help="whose products experts take"
     )
     parser.add_argument("--fp8", default="", choices=["", "tensorwise", "blockwise", "delayed"])
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])

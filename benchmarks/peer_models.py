@@ -4,7 +4,7 @@
 Every side has random weights, keeps all activations, has no optimizer and no auxiliary loss of routers, and takes the
 mean loss over the same labels:
 
-    ours            the backend that `auto` takes
+    ours            the backends that `auto` takes
     transformers    SDPA, experts through grouped_mm. A packed row goes in as a batch of its samples, which are equally
                     long: the same work without the mask over the whole row that SDPA would need
     mcore_bridge    ms-swift's Megatron models (https://github.com/modelscope/mcore-bridge), set up as `megatron sft` of
@@ -39,9 +39,10 @@ Ready = Callable[[nn.Module, Batch], Callable[[], Tensor]]
 def build_ours(hf_config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     """Our model with the backend that `auto` takes. megatron-core's groups must be up."""
     architecture = architecture_from_hf(hf_config)
+    attention_backend = resolve_attention_backend("auto", device.type)
     settings = ModelSettings(
         device=device.type, dtype=dtype, init_method_std=INIT_STD, moe_aux_loss_coeff=0.0,
-        attention_backend=resolve_attention_backend("auto", device.type),
+        attention_backend=attention_backend, experts_backend="grouped" if attention_backend == "te" else "te",
     )  # fmt: skip
     return family_part(architecture.family, "model").build_model(architecture, settings).to(device)
 

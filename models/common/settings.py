@@ -8,6 +8,7 @@ import torch
 
 from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe
+from models.contract.run_rules import grouped_experts_obstacles
 
 AttentionBackend = Literal["te", "torch"]
 ExpertsBackend = Literal["te", "grouped"]
@@ -71,6 +72,28 @@ def resolve_attention_backend(name: Literal["auto", "te", "torch"], device: str)
     return name
 
 
+def resolve_experts_backend(recipe: Recipe, device: str) -> ExpertsBackend:
+    """Turn `auto` into a backend: experts in one launch where there is a kernel for them, else the other one.
+
+    Raises:
+        ConfigError: `grouped` was asked for without TransformerEngine's layers, in which such experts stand.
+    """
+    name = recipe.model.experts_backend
+    attention_backend = resolve_attention_backend(recipe.model.attention_backend, device)
+    if name == "auto":
+        is_open = attention_backend == "te" and not grouped_experts_obstacles(recipe)
+        return "grouped" if is_open else "te"
+    if name == "grouped" and attention_backend != "te":
+        raise ConfigError(
+            "experts_backend 'grouped' cannot run here",
+            where="recipe [model] experts_backend",
+            expected="attention_backend te, for which a CUDA device and transformer_engine are needed",
+            got=f"attention_backend {attention_backend} on device {device}",
+            fix="use experts_backend = 'te' or 'auto'",
+        )
+    return name
+
+
 def settings_from_recipe(recipe: Recipe, *, device: str) -> ModelSettings:
     """Settings of a recipe on a kind of device (`cpu` or `cuda`).
 
@@ -86,19 +109,10 @@ def settings_from_recipe(recipe: Recipe, *, device: str) -> ModelSettings:
             got=f"device {device}",
             fix="leave fp8 out on this machine",
         )
-    attention_backend = resolve_attention_backend(recipe.model.attention_backend, device)
-    if recipe.model.experts_backend == "grouped" and attention_backend != "te":
-        raise ConfigError(
-            "experts_backend 'grouped' cannot run here",
-            where="recipe [model] experts_backend",
-            expected="attention_backend te, for which a CUDA device and transformer_engine are needed",
-            got=f"attention_backend {attention_backend} on device {device}",
-            fix="use experts_backend = 'te'",
-        )
     return ModelSettings(
         dtype=DTYPES[precision.dtype],
-        attention_backend=attention_backend,
-        experts_backend=recipe.model.experts_backend,
+        attention_backend=resolve_attention_backend(recipe.model.attention_backend, device),
+        experts_backend=resolve_experts_backend(recipe, device),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

@@ -17,11 +17,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from models.common.attention import TorchCoreAttention, te_core_attention
+from models.common.local_dispatch import LocalMoELayer
 from models.common.norms import norm_of
 from models.common.settings import AttentionBackend, ExpertsBackend
 
@@ -124,7 +125,7 @@ def _torch_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) ->
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if is_moe:
         experts = partial(SequentialMLP, submodules=linears)
-        mlp = partial(MoELayer, submodules=MoESubmodules(experts=experts))
+        mlp = partial(LocalMoELayer, submodules=MoESubmodules(experts=experts))
     else:
         mlp = partial(MLP.as_mlp_submodule, submodules=linears)
     return TransformerLayerSubmodules(
@@ -175,7 +176,7 @@ def _te_layer(
             linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
         )
         experts: Any = _with_grouped_products(TEGroupedMLP) if experts_backend == "grouped" else TEGroupedMLP
-        mlp = partial(MoELayer, submodules=MoESubmodules(experts=partial(experts, submodules=grouped)))
+        mlp = partial(LocalMoELayer, submodules=MoESubmodules(experts=partial(experts, submodules=grouped)))
         mlp_norm = norm if has_own_norm else TENorm
     else:
         assert config.ffn_hidden_size is not None

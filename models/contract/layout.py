@@ -205,7 +205,7 @@ def _experts(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProbl
                 rule="expert parallelism needs a mixture of experts", where="parallel.expert_model_parallel_size",
                 got=f"a dense model, ep {ep}, etp {etp}", fix="leave it out",
             )  # fmt: skip
-        if recipe.model.experts_backend != "te":
+        if recipe.model.experts_backend == "grouped":
             yield LayoutProblem(
                 rule="only a mixture of experts has experts", where="model.experts_backend",
                 got=f"a dense model, {recipe.model.experts_backend}", fix="leave it out",

@@ -34,8 +34,9 @@ class ModelSection(BaseModel):
     num_layers: int | None = Field(default=None, ge=1)
     """Cut the decoder to its first layers (debug runs)."""
     attention_backend: Literal["auto", "te", "torch"] = "auto"
-    experts_backend: Literal["te", "grouped"] = "te"
-    """`grouped`: all experts of a layer in one launch, in bf16 on one rank of expert tensor parallelism."""
+    experts_backend: Literal["auto", "te", "grouped"] = "auto"
+    """`grouped`: all experts of a layer in one launch, in bf16 on one rank of expert tensor parallelism; `te`: those of
+    TransformerEngine; `auto`: the first where it can run."""
     freeze: tuple[Literal["language", "vision", "projector", "audio"], ...] = ()
 
 
@@ -236,7 +237,7 @@ class Recipe(BaseModel):
             data["train"].pop(key)
         if self.data.fixed_shapes is None:
             data["data"].pop("fixed_shapes")
-        if self.model.experts_backend == "te":
+        if self.model.experts_backend != "grouped":  # `te` was the default before `auto` was
             data["model"].pop("experts_backend")
         return data
 

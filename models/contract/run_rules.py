@@ -125,9 +125,8 @@ def _optimizer(recipe: Recipe) -> Iterator[LayoutProblem]:
         )  # fmt: skip
 
 
-def _grouped_experts(recipe: Recipe) -> Iterator[LayoutProblem]:
-    if recipe.model.experts_backend != "grouped":
-        return
+def grouped_experts_obstacles(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Settings with which experts do not run in one launch: what each is, and what it would have to be."""
     parallel, precision, engine = recipe.parallel, recipe.precision, recipe.train.engine
     etp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     without = {
@@ -137,12 +136,17 @@ def _grouped_experts(recipe: Recipe) -> Iterator[LayoutProblem]:
         "precision.fp8": (precision.fp8 is not None, str(precision.fp8), "leave it out"),
         "parallel.expert_tensor_parallel_size": (etp > 1, str(etp), "set it to 1"),
     }
-    for where, (is_set, got, fix) in without.items():
-        if is_set:
-            yield LayoutProblem(
-                rule="experts in one launch are those of the te backend in bf16, each whole on a rank", where=where,
-                got=f"{got} with model.experts_backend = grouped", fix=f"{fix}, or experts_backend = 'te'",
-            )  # fmt: skip
+    return {where: (got, fix) for where, (is_set, got, fix) in without.items() if is_set}
+
+
+def _grouped_experts(recipe: Recipe) -> Iterator[LayoutProblem]:
+    if recipe.model.experts_backend != "grouped":
+        return
+    for where, (got, fix) in grouped_experts_obstacles(recipe).items():
+        yield LayoutProblem(
+            rule="experts in one launch are those of the te backend in bf16, each whole on a rank", where=where,
+            got=f"{got} with model.experts_backend = grouped", fix=f"{fix}, or experts_backend = 'te'",
+        )  # fmt: skip
 
 
 def _fsdp2(recipe: Recipe) -> Iterator[LayoutProblem]:

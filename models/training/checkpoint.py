@@ -74,7 +74,7 @@ def training_identity(recipe: Recipe) -> dict[str, Any]:
         mode="json",
         exclude={"name", "description", "notes", "hardware", "num_processes", "parallel", "checkpoint"},
     )
-    if recipe.model.experts_backend == "te":
+    if recipe.model.experts_backend != "grouped":
         # A checkpoint of an earlier version does not have it. Another one may not go on: buffers hold the experts in
         # another order, and with them the optimizer's states that `resharding = "data"` keeps.
         data["model"].pop("experts_backend")

@@ -95,7 +95,8 @@ class MegatronEngine:
             self._square = self._gradient_square()
         sums = _loss_sums(losses)
         count = len(batches) * self.ranks.dp_size * _num_moe_layers(self.modules[0].config)
-        auxiliary = {name: float(entry.values.sum()) / count for name, entry in tracker.metrics.items()}
+        metrics = tracker.metrics if count else {}  # which keep the names of a model that was here before
+        auxiliary = {name: float(entry.values.sum()) / count for name, entry in metrics.items()}
         return dataclasses.replace(sums, auxiliary=auxiliary)
 
     @torch.no_grad()

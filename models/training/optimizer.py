@@ -22,7 +22,7 @@ from models.common.settings import DTYPES
 from models.contract.errors import ConfigError
 from models.contract.recipe import OptimizerSection, Recipe
 from models.training.overlap import exchange_in_turn
-from models.training.short_states import step_in_pieces
+from models.training.short_states import step_short_states
 
 PROJECTOR_PARTS = ("vision_model.merger.", "vision_model.deepstack_mergers.")
 
@@ -189,7 +189,7 @@ def build_optimizer(
     if has_short_moments:
         for part in cast(Any, optimizer).chained_optimizers:
             if not part.is_stub_optimizer:
-                step_in_pieces(part.optimizer)
+                step_short_states(part.optimizer)
     return optimizer
 
 

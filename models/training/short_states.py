@@ -1,42 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW whose moments have 16 bits, without an fp32 copy of all of them while it steps.
+"""AdamW whose moments have 16 bits: TransformerEngine's states, stepped without an fp32 copy of them.
 
-TransformerEngine's AdamW unpacks the moments of a whole parameter group at once: 8 bytes a parameter, more than the
-short states save. Here it gets a piece of the group at a time; what it computes for a parameter depends on no other.
+TransformerEngine's own step unpacks the moments of a whole parameter group at once, 8 bytes a parameter, which is more
+than the short states save. Here bf16 weights take a kernel that unpacks nothing, and others get to it piece by piece;
+what is computed for a parameter depends on no other.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from models.common.kernels.adamw import AdamW, Launch, Weight, adamw_step, addresses_of, plan_launches
+
 PIECE = 2**27
-"""Parameters that a step unpacks at a time, one GiB of moments, unless a single tensor has more."""
+"""Parameters that TransformerEngine unpacks at a time, one GiB of moments, unless a single tensor has more."""
 
 
-def step_in_pieces(inner: Any, *, piece: int = PIECE) -> None:
-    """Make an AdamW step through its groups piece by piece.
+def step_short_states(inner: Any, *, piece: int = PIECE) -> None:
+    """Make an AdamW step in little memory.
 
     Args:
-        inner: TransformerEngine's AdamW, or one with its `param_groups`, each of which counts its own `step`.
-        piece: Parameters at a time.
+        inner: TransformerEngine's AdamW in Megatron's precision-aware mode, or one like it.
+        piece: Parameters at a time that go through its own step.
     """
-    step: Callable[[], object] = inner.step
+    own_step = inner.step
+    planned: dict[int, tuple[list[tuple[int, ...]], list[Launch]]] = {}
 
-    def stepped(closure: None = None) -> None:
+    def launches(index: int, weights: list[Weight]) -> list[Launch]:
+        addresses = addresses_of(weights)
+        if index not in planned or planned[index][0] != addresses:
+            planned[index] = addresses, plan_launches(weights)
+        return planned[index][1]
+
+    @torch.no_grad()
+    def step(closure: None = None) -> None:
         assert closure is None
         groups = inner.param_groups
         try:
-            for group in groups:
-                for parameters in pieces(group["params"], piece):
-                    inner.param_groups = [group | {"params": parameters}]
-                    step()
-                if group["params"]:
-                    group["step"] = inner.param_groups[0]["step"]
+            for index, group in enumerate(groups):
+                if not group["params"]:
+                    continue
+                count = group.get("step", 0)
+                halved = [p for p in group["params"] if _is_halved(inner, p)]
+                weights = [
+                    _weight(inner, p) for p in halved if getattr(p, "decoupled_grad", None) is not None
+                ]
+                for launch in launches(index, weights):
+                    adamw_step(launch, _settings(group, count + 1))
+                others = [p for p in group["params"] if not _is_halved(inner, p)]
+                for parameters in pieces(others, piece):
+                    inner.param_groups = [group | {"params": parameters, "step": count}]
+                    own_step()
+                group["step"] = count + 1
         finally:
             inner.param_groups = groups
 
-    inner.step = stepped
+    inner.step = step
+
+
+def _is_halved(inner: Any, parameter: Tensor) -> bool:
+    """Whether the lower half of an fp32 weight lies beside a bf16 one."""
+    return inner.store_param_remainders and parameter.dtype is torch.bfloat16
+
+
+def _weight(inner: Any, parameter: Any) -> Weight:
+    state = inner.state[parameter]
+    if not state:
+        inner.initialize_state(parameter, True)
+    return Weight(
+        parameter, parameter.decoupled_grad, state["exp_avg"], state["exp_avg_sq"], state["master_param"]
+    )
+
+
+def _settings(group: dict[str, Any], step: int) -> AdamW:
+    beta1, beta2 = group["betas"]
+    return AdamW(
+        group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step, bool(group["bias_correction"])
+    )
 
 
 def pieces(parameters: list[Tensor], piece: int) -> Iterator[list[Tensor]]:

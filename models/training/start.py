@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from models.common.settings import resolve_attention_backend
+from models.common.settings import resolve_attention_backend, resolve_experts_backend
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError, RunError
 from models.contract.families import load_architecture
@@ -115,6 +115,7 @@ def start_run(
     architecture = load_architecture(folder)
     require_layout(architecture, recipe)
     require_held_out(recipe, site)
+    recipe = with_experts_backend(recipe, architecture, pick_device(launcher.local_rank).type)
     if options.checks_memory:
         require_memory(recipe, architecture, launcher)
     engine = start_engine(recipe, architecture, folder, launcher, timeout_s=options.step_timeout_s)
@@ -131,6 +132,13 @@ def start_run(
         recipe=recipe, site=site, architecture=architecture, directory=directory, options=options,
         engine=engine, loader=loader, progress=progress, saver=saver,
     )  # fmt: skip
+
+
+def with_experts_backend(recipe: Recipe, architecture: Architecture, device: str) -> Recipe:
+    """The recipe with the backend in the place of `auto`: its checkpoints may not fit another one."""
+    backend = "te" if architecture.text.moe is None else resolve_experts_backend(recipe, device)
+    model = recipe.model.model_copy(update={"experts_backend": backend})
+    return recipe.model_copy(update={"model": model})
 
 
 def require_memory(recipe: Recipe, architecture: Architecture, launcher: LauncherEnvironment) -> None:

@@ -10,12 +10,13 @@ import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from models.common import decoder
 from models.common.grouped_experts import with_grouped_products
+from models.common.local_dispatch import LocalMoELayer
 from models.common.specs import layer_spec
 from tests.models.common.interpreted import allow_loaded_bounds
 
@@ -75,7 +76,7 @@ def grouped_way_spec(
         )
         experts: Any = with_grouped_products(TEGroupedMLP) if is_short else TEGroupedMLP
         spec.submodules.mlp = partial(
-            MoELayer, submodules=MoESubmodules(experts=partial(experts, submodules=linears))
+            LocalMoELayer, submodules=MoESubmodules(experts=partial(experts, submodules=linears))
         )
     return spec
 

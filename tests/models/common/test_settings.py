@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.common.settings import resolve_attention_backend, settings_from_recipe
+from models.common.settings import resolve_attention_backend, resolve_experts_backend, settings_from_recipe
 from models.contract.errors import ConfigError
 from models.contract.recipe import Recipe, parse_recipe
 
@@ -39,8 +39,28 @@ def test_fp8_on_a_cpu_is_refused() -> None:
 def test_grouped_experts_need_the_kernels_of_a_gpu() -> None:
     with pytest.raises(ConfigError, match="experts_backend 'grouped' cannot run here") as error:
         settings_from_recipe(recipe(model={"experts_backend": "grouped"}), device="cpu")
-    assert "use experts_backend = 'te'" in str(error.value)
+    assert "use experts_backend = 'te' or 'auto'" in str(error.value)
     assert settings_from_recipe(recipe(), device="cpu").experts_backend == "te"
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"precision": {"dtype": "bf16"}}, "grouped"),
+        ({"precision": {"dtype": "bf16"}, "model": {"experts_backend": "te"}}, "te"),
+        ({"precision": {"dtype": "bf16"}, "model": {"attention_backend": "torch"}}, "te"),
+        ({"precision": {"dtype": "fp16"}}, "te"),
+        ({"precision": {"dtype": "bf16", "fp8": "blockwise"}}, "te"),
+        ({"precision": {"dtype": "bf16"}, "parallel": {"expert_tensor_parallel_size": 2}}, "te"),
+        ({"precision": {"dtype": "bf16"}, "train": {"engine": "fsdp2"}}, "te"),
+    ],
+)
+def test_auto_takes_experts_in_one_launch_where_there_is_a_kernel(
+    sections: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    assert resolve_experts_backend(recipe(**sections), "cuda") == expected
+    assert resolve_experts_backend(recipe(**sections), "cpu") == "te"
 
 
 def test_te_on_a_cpu_is_refused_and_auto_takes_torch() -> None:

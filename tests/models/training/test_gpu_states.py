@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizer states on the CPU, in 16 bits, and in checkpoints that are written beside the next steps, on real GPUs."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from models.contract.site import Site
 from models.parity.jobs import make_jobs
 from models.training.megatron_engine import MegatronEngine
 from models.training.parallel import stop_distributed
+from models.training.short_states import step_short_states
 from tests.models.training.engines import make_engine
 
 pytestmark = pytest.mark.gpu
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.gpu
 MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
 NUM_STEPS = 8
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 HALF, WHOLE = {"cpu_offload_fraction": 0.5}, {"cpu_offload_fraction": 1.0}
 PRECISION_AWARE = {"use_precision_aware_optimizer": True}
 OPTIMIZER = {"lr": 1e-3, "min_lr": 1e-3, "lr_warmup_iters": 0}
@@ -30,8 +33,11 @@ OPTIMIZER = {"lr": 1e-3, "min_lr": 1e-3, "lr_warmup_iters": 0}
 
 @pytest.fixture(autouse=True)
 def visible_gpus(one_plain_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests beside these hide the GPUs."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    """The tests beside these hide the GPUs; those that the session was given are seen."""
+    if VISIBLE is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
 
 
 def steps(recipe: Recipe) -> tuple[MegatronEngine, list[float]]:
@@ -85,6 +91,47 @@ def test_states_elsewhere_step_as_on_the_device(
     else:
         moments = {value.dtype for state in part.optimizer.state.values() for value in state.values()}
         assert torch.bfloat16 in moments
+
+
+def stepped_states(*, is_own: bool) -> list[torch.Tensor]:
+    """fp32 weights and moments after some steps of TransformerEngine's AdamW, on its own step or on ours."""
+    from transformer_engine.pytorch.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
+
+    generator = torch.Generator().manual_seed(1)
+    weights: list[Any] = [
+        torch.randn(size, generator=generator).bfloat16().cuda()
+        for size in ((3, 5), (64, 128), (1,), (70001,))
+    ]
+    moments = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
+    optimizer = FusedAdam(
+        weights, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1,
+        master_weights=True, use_decoupled_grad=True, store_param_remainders=True, **moments,
+    )  # fmt: skip
+    if not is_own:
+        step_short_states(optimizer)
+    for _ in range(NUM_STEPS):
+        for weight in weights:
+            weight.decoupled_grad = torch.randn(weight.shape, generator=generator).cuda()
+        optimizer.step()
+    found = []
+    for weight in weights:
+        state = optimizer.state[weight]
+        bits = (weight.view(torch.int16).long() << 16) + state["master_param"].long()
+        found += [
+            bits.to(torch.int32).view(torch.float32),
+            state["exp_avg"].float(),
+            state["exp_avg_sq"].float(),
+        ]
+    return found
+
+
+def test_short_states_step_as_transformer_engine_steps_them() -> None:
+    pytest.importorskip("transformer_engine")
+    found, expected = stepped_states(is_own=False), stepped_states(is_own=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        # A moment may round the other way, which the steps after it carry on.
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
 @pytest.mark.parametrize(

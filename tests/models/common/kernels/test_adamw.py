@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW in one launch against torch's in fp32, whose moments are rounded to 16 bits after every step."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.common.kernels import adamw
+from models.common.kernels.adamw import AdamW, Weight, adamw_step, addresses_of, plan_launches
+
+SIZES = ((3, 5), (8,), (40, 32), (1,), (0, 4), (33,))
+GROUP = AdamW(0.02, 0.9, 0.95, 1e-8, 0.1, 1, True)
+NUM_STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a tensor has several, and the last of them an end inside a block."""
+    monkeypatch.setattr(adamw, "CHUNK", 512)
+    monkeypatch.setattr(adamw, "BLOCK", 128)
+
+
+def zeros_between(device: torch.device, dtype: torch.dtype, distance: int) -> list[Tensor]:
+    """Views of SIZES into one buffer, `distance` elements apart: from 1 on, some begin where no vector does."""
+    total = sum(torch.Size(size).numel() + distance for size in SIZES)
+    buffer, found, place = torch.zeros(total, dtype=dtype, device=device), [], 0
+    for size in SIZES:
+        count = torch.Size(size).numel()
+        found.append(buffer[place : place + count].view(size))
+        place += count + distance
+    return found
+
+
+def make_weights(
+    device: torch.device, distance: int = 0, gradient: torch.dtype = torch.float32
+) -> list[Weight]:
+    bf16 = torch.bfloat16
+    columns = [zeros_between(device, dtype, distance) for dtype in (bf16, gradient, bf16, bf16, torch.int16)]
+    weights = [Weight(*tensors) for tensors in zip(*columns, strict=True)]
+    generator = torch.Generator().manual_seed(1)
+    for weight in weights:
+        weight.weight.copy_(torch.randn(weight.weight.shape, generator=generator))
+    return weights
+
+
+def exact(weight: Weight) -> Tensor:
+    """The fp32 weight of both halves, by numbers instead of bits: the lower one is signed, in units of 2^-16."""
+    bits = weight.weight.view(torch.int16).to(torch.int64) * 2**16 + weight.remainder.to(torch.int64)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def draw_gradients(weights: list[Weight], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for weight in weights:
+        weight.gradient.copy_(torch.randn(weight.gradient.shape, generator=generator) * 0.1)
+
+
+def by_torch(weights: list[Weight], group: AdamW) -> tuple[list[Tensor], Any]:
+    parameters = [weight.weight.float().requires_grad_() for weight in weights]
+    return parameters, torch.optim.AdamW(
+        parameters, group.lr, (group.beta1, group.beta2), group.eps, group.weight_decay, foreach=False
+    )
+
+
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distance", [0, 1, 8])
+def test_steps_equal_torch(device: torch.device, distance: int, gradient: torch.dtype) -> None:
+    weights = make_weights(device, distance, gradient)
+    parameters, reference = by_torch(weights, GROUP)
+    rounding = 2**-8 if device.type == "cuda" else 2**-7  # Triton's interpreter cuts off
+    launches = plan_launches(weights)
+    for step in range(1, NUM_STEPS + 1):
+        draw_gradients(weights, step)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.grad = weight.gradient.float()
+        reference.step()
+        for launch in launches:
+            adamw_step(launch, GROUP._replace(step=step))
+        for parameter, weight in zip(parameters, weights, strict=True):
+            state = reference.state[parameter]
+            for name, found in (("exp_avg", weight.first_moment), ("exp_avg_sq", weight.second_moment)):
+                torch.testing.assert_close(found.float(), state[name], rtol=rounding, atol=1e-8)
+                state[name].copy_(found)  # rounded, as the next step finds them
+            torch.testing.assert_close(exact(weight), parameter.detach(), rtol=1e-6, atol=1e-7)
+            nearest = exact(weight).bfloat16()  # in the middle of two the even one, where ours is the larger
+            off = [(weight.weight.float() - exact(weight)).abs(), (nearest.float() - exact(weight)).abs()]
+            assert torch.equal(*off)
+            parameter.data.copy_(exact(weight))
+
+
+def test_gradients_of_two_dtypes_and_places_take_launches_of_their_own(device: torch.device) -> None:
+    weights = [*make_weights(device), *make_weights(device, 1, torch.bfloat16)]
+    kinds = [(launch.gradient_dtype, launch.is_aligned) for launch in plan_launches(weights)]
+    assert len(set(kinds)) == len(kinds) == 4
+
+
+def test_neighbours_of_a_weight_stay(device: torch.device) -> None:
+    """Moments of ones between the tensors, where a block ends beyond its tensor."""
+    columns = [torch.ones(64, dtype=dtype, device=device) for dtype in (torch.bfloat16,) * 4 + (torch.int16,)]
+    weight = Weight(*(column[8:29] for column in columns))
+    for launch in plan_launches([weight]):
+        adamw_step(launch, GROUP)
+    for column in columns:
+        assert torch.all(column[:8] == 1)
+        assert torch.all(column[29:] == 1)
+    assert not torch.any(weight.weight == 1)
+
+
+def test_without_bias_correction_the_first_step_is_short(device: torch.device) -> None:
+    [corrected], [plain] = (make_weights(device)[1:2] for _ in range(2))
+    before = exact(plain)
+    for weight, is_corrected in ((corrected, True), (plain, False)):
+        draw_gradients([weight], 1)
+        for launch in plan_launches([weight]):
+            adamw_step(launch, GROUP._replace(bias_correction=is_corrected, weight_decay=0.0))
+    ratio = (exact(plain) - before) / (exact(corrected) - before)
+    assert ratio.cpu().tolist() == pytest.approx([0.1 / 0.05**0.5] * len(ratio), rel=1e-3)
+
+
+def test_places_tell_when_a_tensor_moved(device: torch.device) -> None:
+    [weight, *_] = weights = make_weights(device)
+    before = addresses_of(weights)
+    assert addresses_of(weights) == before
+    weights[0] = weight._replace(remainder=weight.remainder.clone())
+    assert addresses_of(weights) != before

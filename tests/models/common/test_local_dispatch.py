@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that stay on their rank, against megatron-core's dispatcher, which sorts them once more."""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch import Tensor
+
+from models.common.local_dispatch import LocalMoELayer, LocalTokenDispatcher
+from models.common.settings import ModelSettings
+from models.parity.single import make_pair
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+
+def first_layer() -> Any:
+    pair = make_pair("qwen3_vl_moe", ModelSettings(moe_aux_loss_coeff=0.0))
+    return next(part for part in pair.model.modules() if isinstance(part, LocalMoELayer))
+
+
+def run(layer: Any) -> dict[str, Tensor]:
+    """What the layer puts out, and every gradient of the sum of its squares."""
+    layer.zero_grad()
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(7, 2, layer.config.hidden_size, generator=generator).requires_grad_()
+    out, _ = layer(rows)
+    out.square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return gradients | {"out": out.detach(), "rows": rows.grad}
+
+
+def test_layer_puts_out_the_same_without_another_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = first_layer()
+    assert type(layer.token_dispatcher) is LocalTokenDispatcher
+    with monkeypatch.context() as patched:
+        patched.delattr(token_dispatcher, "sort_chunks_by_idxs")
+        found = run(layer)
+    layer.token_dispatcher = MoEAlltoAllTokenDispatcher(
+        layer.num_local_experts,
+        layer.local_expert_indices,
+        config=layer.config,
+        pg_collection=get_default_pg_collection(),
+    )  # fmt: skip
+    expected = run(layer)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+        assert value.any(), name
+
+
+def test_layer_whose_rows_are_padded_keeps_the_other_dispatcher() -> None:
+    """Rows are counted on the device there, and the CPU must wait for the number."""
+    layer = first_layer()
+    layer.config.moe_router_padding_for_quantization = True
+    again = LocalMoELayer(layer.config, layer.submodules, 1, pg_collection=get_default_pg_collection())
+    assert type(again.token_dispatcher) is MoEAlltoAllTokenDispatcher
