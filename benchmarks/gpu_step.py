@@ -85,6 +85,7 @@ def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Re
                 "pipeline_model_parallel_size": options.pp,
                 "context_parallel_size": options.cp,
                 "expert_model_parallel_size": options.ep,
+                "moe_token_dispatcher_type": options.dispatcher,
                 "overlap_grad_reduce": torch.cuda.is_available(),
                 "overlap_param_gather": torch.cuda.is_available(),
             },
@@ -204,6 +205,9 @@ def case_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", choices=["auto", "te", "torch"])
     parser.add_argument(
         "--experts", default="auto", choices=["auto", "te", "grouped"], help="whose products experts take"
+    )
+    parser.add_argument(
+        "--dispatcher", default="alltoall", choices=["alltoall", "allgather"], help="of tokens to experts"
     )
     parser.add_argument("--fp8", default="", choices=["", "tensorwise", "blockwise", "delayed"])
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])

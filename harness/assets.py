@@ -96,6 +96,7 @@ DATASETS: dict[str, Steps] = {
     "colours": _drawn("colours", num_train=3000),
     "colours-audio": _drawn("colours-audio", num_train=4500),
     "colours-40k": _drawn("colours", num_train=40_000, workers=8),
+    "colours-64k": _drawn("colours", num_train=64_000, workers=8),
     "photos": _photographs,
 }
 

@@ -111,6 +111,7 @@ def build_decoder(
             is_causal=True,
             is_moe=layer not in dense_layers,
             experts_backend=settings.experts_backend,
+            moe_token_dispatcher_type=settings.moe_token_dispatcher_type,
             module=DeepstackLayer if num_deepstack else TransformerLayer,
         )
         for layer in range(offset, offset + count)

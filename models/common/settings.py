@@ -12,6 +12,7 @@ from models.contract.run_rules import grouped_experts_obstacles
 
 AttentionBackend = Literal["te", "torch"]
 ExpertsBackend = Literal["te", "grouped"]
+TokenDispatcherType = Literal["alltoall", "allgather"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,6 +35,8 @@ class ModelSettings:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
+    moe_token_dispatcher_type: TokenDispatcherType = "alltoall"
+    """`allgather`: every rank gets all tokens once; ranks that share experts must have equally many."""
     num_layers: int | None = None
     """Keep the first so many decoder layers; None keeps all."""
     init_method_std: float = 0.02
@@ -123,6 +126,7 @@ def settings_from_recipe(recipe: Recipe, *, device: str) -> ModelSettings:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
         num_layers=recipe.model.num_layers,
         init_method_std=recipe.optimizer.init_method_std,
         recompute=precision.recompute,

@@ -22,9 +22,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from models.common.attention import TorchCoreAttention, te_core_attention
-from models.common.local_dispatch import LocalMoELayer
 from models.common.norms import norm_of
-from models.common.settings import AttentionBackend, ExpertsBackend
+from models.common.settings import AttentionBackend, ExpertsBackend, TokenDispatcherType
+from models.common.token_dispatch import DispatchingMoELayer
 
 FUSED_NORM_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -67,6 +67,7 @@ def layer_spec(
     is_causal: bool,
     is_moe: bool = False,
     experts_backend: ExpertsBackend = "te",
+    moe_token_dispatcher_type: TokenDispatcherType = "alltoall",
     module: type[TransformerLayer] = TransformerLayer,
 ) -> ModuleSpec:
     """Specification of one layer.
@@ -77,6 +78,7 @@ def layer_spec(
         is_causal: Decoder layers are, vision layers are not.
         is_moe: Experts instead of a dense MLP.
         experts_backend: Whose products experts take, of the `te` backend's.
+        moe_token_dispatcher_type: How tokens get to experts on other ranks.
         module: The layer class; with TransformerEngine it also gets the short way of :mod:`models.common.dense_layer`.
 
     Returns: What megatron-core builds a layer from.
@@ -86,6 +88,9 @@ def layer_spec(
         submodules = _te_layer(config, is_causal=is_causal, is_moe=is_moe, experts_backend=experts_backend)
     else:
         submodules = _torch_layer(config, is_causal=is_causal, is_moe=is_moe)
+    if is_moe:
+        build: Any = submodules.mlp
+        submodules.mlp = partial(build, moe_token_dispatcher_type=moe_token_dispatcher_type)
     return ModuleSpec(module=module, submodules=submodules)
 
 
@@ -125,7 +130,7 @@ def _torch_layer(config: TransformerConfig, *, is_causal: bool, is_moe: bool) ->
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if is_moe:
         experts = partial(SequentialMLP, submodules=linears)
-        mlp = partial(LocalMoELayer, submodules=MoESubmodules(experts=experts))
+        mlp = partial(DispatchingMoELayer, submodules=MoESubmodules(experts=experts))
     else:
         mlp = partial(MLP.as_mlp_submodule, submodules=linears)
     return TransformerLayerSubmodules(
@@ -176,7 +181,9 @@ def _te_layer(
             linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear
         )
         experts: Any = _with_grouped_products(TEGroupedMLP) if experts_backend == "grouped" else TEGroupedMLP
-        mlp = partial(LocalMoELayer, submodules=MoESubmodules(experts=partial(experts, submodules=grouped)))
+        mlp = partial(
+            DispatchingMoELayer, submodules=MoESubmodules(experts=partial(experts, submodules=grouped))
+        )
         mlp_norm = norm if has_own_norm else TENorm
     else:
         assert config.ffn_hidden_size is not None

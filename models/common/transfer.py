@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bringing what the CPU made to the device without waiting for the device."""
+"""Copies between CPU and device that wait for no more than they must."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,3 +18,19 @@ def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def begin_to_host(values: Tensor) -> Callable[[], Tensor]:
+    """Start to copy to the CPU; what is returned waits for the copy, and for nothing that is launched after it."""
+    if values.device.type != "cuda":
+        return lambda: values
+    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copied.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return copied
+
+    return wait

@@ -210,6 +210,11 @@ def _experts(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProbl
                 rule="only a mixture of experts has experts", where="model.experts_backend",
                 got=f"a dense model, {recipe.model.experts_backend}", fix="leave it out",
             )  # fmt: skip
+        if parallel.moe_token_dispatcher_type == "allgather":
+            yield LayoutProblem(
+                rule="only a mixture of experts sends tokens to experts", where="parallel.moe_token_dispatcher_type",
+                got="a dense model, allgather", fix="leave it out",
+            )  # fmt: skip
         return
     if moe.topk == 1:  # its one weight, renormalised, would be 1 and teach the router nothing
         yield LayoutProblem(
@@ -226,6 +231,17 @@ def _experts(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProbl
         yield LayoutProblem(
             rule="num_processes must be a multiple of etp * ep * pp", where="parallel.expert_model_parallel_size",
             got=f"{recipe.num_processes} and {expert_ranks}", fix="change num_processes or the expert layout",
+        )  # fmt: skip
+    is_gathered = parallel.moe_token_dispatcher_type == "allgather" and ep > 1
+    if (
+        is_gathered
+        and recipe.data.padding == "longest"
+        and recipe.num_processes > parallel.model_parallel_size
+    ):
+        yield LayoutProblem(
+            rule="ranks that gather each other's tokens must have rows of one length",
+            where="parallel.moe_token_dispatcher_type", got="allgather with data.padding = longest",
+            fix="use padding = 'max_length', or moe_token_dispatcher_type = 'alltoall'",
         )  # fmt: skip
 
 

@@ -163,6 +163,7 @@ def _fsdp2(recipe: Recipe) -> Iterator[LayoutProblem]:
         "precision.dtype": (precision.dtype == "fp16", "fp16"),
         "precision.fp8": (precision.fp8 is not None, str(precision.fp8)),
         "precision.recompute": (precision.recompute == "selective", "selective"),
+        "parallel.moe_token_dispatcher_type": (parallel.moe_token_dispatcher_type == "allgather", "allgather"),
         "precision.recompute_num_layers": (
             precision.recompute_num_layers != 1, str(precision.recompute_num_layers)
         ),

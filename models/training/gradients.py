@@ -53,7 +53,8 @@ def gradient_square(optimizer: Any, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def scale_gradients(optimizer: Any, scale: float, norm: float) -> None:
-    """Multiply all gradients by `scale`, and down to the optimizer's `clip_grad` where they are larger, in one pass.
+    """Multiply all gradients by `scale`, and down to the optimizer's `clip_grad` where they are larger, in one pass or,
+    where the optimizer can, in its next step.
 
     Args:
         optimizer: Megatron's, gradients prepared.
@@ -65,6 +66,11 @@ def scale_gradients(optimizer: Any, scale: float, norm: float) -> None:
             continue
         limit = part.config.clip_grad
         factor = scale * min(1.0, limit / (norm + 1e-6)) if limit > 0 else scale
+        if hasattr(
+            getattr(part, "optimizer", None), "gradient_scale"
+        ):  # whose step does it, see models.training.short_states
+            part.optimizer.gradient_scale = factor
+            continue
         gradients = _main_gradients(part)
         if factor != 1.0 and gradients:
             torch._foreach_mul_(gradients, factor)

@@ -21,11 +21,14 @@ PIECE = 2**27
 def step_short_states(inner: Any, *, piece: int = PIECE) -> None:
     """Make an AdamW step in little memory.
 
+    It gets a `gradient_scale`, with which its next step multiplies gradients: nobody does so in a pass of its own.
+
     Args:
         inner: TransformerEngine's AdamW in Megatron's precision-aware mode, or one like it.
         piece: Parameters at a time that go through its own step.
     """
     own_step = inner.step
+    inner.gradient_scale = 1.0
     planned: dict[int, tuple[list[tuple[int, ...]], list[Launch]]] = {}
 
     def launches(index: int, weights: list[Weight]) -> list[Launch]:
@@ -37,7 +40,7 @@ def step_short_states(inner: Any, *, piece: int = PIECE) -> None:
     @torch.no_grad()
     def step(closure: None = None) -> None:
         assert closure is None
-        groups = inner.param_groups
+        groups, scale = inner.param_groups, inner.gradient_scale
         try:
             for index, group in enumerate(groups):
                 if not group["params"]:
@@ -48,14 +51,15 @@ def step_short_states(inner: Any, *, piece: int = PIECE) -> None:
                     _weight(inner, p) for p in halved if getattr(p, "decoupled_grad", None) is not None
                 ]
                 for launch in launches(index, weights):
-                    adamw_step(launch, _settings(group, count + 1))
+                    adamw_step(launch, _settings(group, count + 1, scale))
                 others = [p for p in group["params"] if not _is_halved(inner, p)]
+                _scale(others, scale)
                 for parameters in pieces(others, piece):
                     inner.param_groups = [group | {"params": parameters, "step": count}]
                     own_step()
                 group["step"] = count + 1
         finally:
-            inner.param_groups = groups
+            inner.param_groups, inner.gradient_scale = groups, 1.0
 
     inner.step = step
 
@@ -74,10 +78,23 @@ def _weight(inner: Any, parameter: Any) -> Weight:
     )
 
 
-def _settings(group: dict[str, Any], step: int) -> AdamW:
+def _scale(parameters: list[Any], scale: float) -> None:
+    gradients = [p.decoupled_grad for p in parameters if getattr(p, "decoupled_grad", None) is not None]
+    if gradients and scale != 1.0:
+        torch._foreach_mul_(gradients, scale)
+
+
+def _settings(group: dict[str, Any], step: int, gradient_scale: float) -> AdamW:
     beta1, beta2 = group["betas"]
     return AdamW(
-        group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step, bool(group["bias_correction"])
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        step=step,
+        bias_correction=bool(group["bias_correction"]),
+        gradient_scale=gradient_scale,
     )
 
 

@@ -23,7 +23,13 @@ CP: dict[str, Any] = {"context_parallel_size": 2}
 DP: dict[str, Any] = {"num_dp": 2}
 EP = DP | {"expert_model_parallel_size": 2}
 TE: dict[str, Any] = {"attention_backend": "te", "dtype": torch.bfloat16}
-TWO = {"tp sp": TP, "pp 1+3": PP | {"num_layers_in_first_pipeline_stage": 1}, "cp": CP, "dp": DP, "ep": EP}
+GATHER = {
+    "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "moe_token_dispatcher_type": "allgather",
+}  # fmt: skip
+TWO = {
+    "tp sp": TP, "pp 1+3": PP | {"num_layers_in_first_pipeline_stage": 1}, "cp": CP, "dp": DP, "ep": EP,
+    "tp sp ep gather": TP | GATHER,
+}  # fmt: skip
 FOUR = {"tp pp": TP | PP, "tp cp": TP | CP, "pp dp": PP | DP, "tp dp": TP | DP}
 LAYOUTS = {
     ("torch", 2): TWO,
@@ -40,7 +46,7 @@ TIMEOUT_S = 500.0
 
 def is_possible(backend: str, model: str, layout: str) -> bool:
     """Only experts are split over ranks, and TransformerEngine splits a context for heads of whole eights only."""
-    if layout == "ep":
+    if "ep" in layout.split():
         return "moe" in model
     return (backend, layout) != ("te", "cp") or model == "qwen2_5_vl"
 

@@ -50,6 +50,8 @@ class AdamW(NamedTuple):
     step: int
     """From 1 on."""
     bias_correction: bool
+    gradient_scale: float = 1.0
+    """What gradients are multiplied with first."""
 
 
 class Launch(NamedTuple):
@@ -115,7 +117,8 @@ def adamw_step(launch: Launch, group: AdamW) -> None:
     )
     _step[(len(launch.chunks),)](
         launch.addresses, launch.sizes, launch.chunks,
-        group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, correction1, correction2,
+        group.gradient_scale, group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, correction1,
+        correction2,
         **_constants(launch),
     )  # fmt: skip
 
@@ -138,7 +141,7 @@ def _pointer(addresses, tensor, column: tl.constexpr, dtype: tl.constexpr, IS_AL
 
 @triton.jit
 def _step(
-    addresses, sizes, chunks, lr, beta1, beta2, eps, weight_decay, correction1, correction2,
+    addresses, sizes, chunks, gradient_scale, lr, beta1, beta2, eps, weight_decay, correction1, correction2,
     IS_FP32: tl.constexpr, IS_ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +160,7 @@ def _step(
     for offset in range(0, CHUNK, BLOCK):
         i = offset + tl.arange(0, BLOCK)
         is_inside = i < left
-        g = tl.load(gradients + i, is_inside, 0.0).to(tl.float32)
+        g = gradient_scale * tl.load(gradients + i, is_inside, 0.0).to(tl.float32)
         m = tl.load(firsts + i, is_inside, 0.0).to(tl.float32)
         v = tl.load(seconds + i, is_inside, 0.0).to(tl.float32)
         low = tl.load(remainders + i, is_inside, 0)

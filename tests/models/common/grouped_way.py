@@ -16,8 +16,8 @@ from torch import Tensor
 
 from models.common import decoder
 from models.common.grouped_experts import with_grouped_products
-from models.common.local_dispatch import LocalMoELayer
 from models.common.specs import layer_spec
+from models.common.token_dispatch import DispatchingMoELayer
 from tests.models.common.interpreted import allow_loaded_bounds
 
 
@@ -76,7 +76,9 @@ def grouped_way_spec(
         )
         experts: Any = with_grouped_products(TEGroupedMLP) if is_short else TEGroupedMLP
         spec.submodules.mlp = partial(
-            LocalMoELayer, submodules=MoESubmodules(experts=partial(experts, submodules=linears))
+            DispatchingMoELayer,
+            submodules=MoESubmodules(experts=partial(experts, submodules=linears)),
+            moe_token_dispatcher_type=options.get("moe_token_dispatcher_type", "alltoall"),
         )
     return spec
 

@@ -15,6 +15,7 @@ UNEVEN = PP | {"num_layers_in_first_pipeline_stage": 1}
 CP: dict[str, Any] = {"context_parallel_size": 2}
 DP: dict[str, Any] = {"num_dp": 2}
 EP: dict[str, Any] = {"expert_model_parallel_size": 2, "num_dp": 2}
+GATHER: dict[str, Any] = {"moe_token_dispatcher_type": "allgather"}
 FULL: dict[str, Any] = {"recompute": "full", "recompute_vision": True}
 
 DENSE = {
@@ -33,6 +34,8 @@ EXPERTS = {
     "tp sp etp": SP
     | {"expert_tensor_parallel_size": 2},  # parts of different sizes, which gloo cannot gather itself
     "etp dp": DP | {"expert_tensor_parallel_size": 2},
+    "tp sp ep gather": SP | GATHER | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    "tp sp etp gather": SP | GATHER | {"expert_tensor_parallel_size": 2},
 }
 CASES = ("mixed", "text", "images", "video")
 AUDIO = ("audio and vision", "text", "audios", "image")

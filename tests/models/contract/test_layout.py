@@ -35,6 +35,7 @@ def rules(size: str, **sections: Any) -> list[str]:
 
 TP8 = {"tensor_model_parallel_size": 8}
 PP2 = {"pipeline_model_parallel_size": 2}
+GATHER = {"moe_token_dispatcher_type": "allgather"}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
         ("qwen3_vl_8b", PP2 | {"num_layers_in_first_pipeline_stage": 14}),
         ("qwen3_vl_8b", {"context_parallel_size": 8}),
         ("qwen3_vl_30b_a3b", {"expert_model_parallel_size": 8}),
+        ("qwen3_vl_30b_a3b", GATHER | {"expert_model_parallel_size": 4}),
         ("qwen3_vl_235b_a22b", {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 4}),
         ("qwen3_omni_30b_a3b", {"tensor_model_parallel_size": 4, "sequence_parallel": True,
                                 "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}),
@@ -119,6 +121,10 @@ def test_layouts_that_divide_pass(size: str, parallel: dict[str, Any]) -> None:
          "fsdp2 engine does not"),
         ("qwen3_vl_8b", {"train": {"engine": "fsdp2"}, "optimizer": {"cpu_offload_fraction": 0.5}}, "fsdp2 engine"),
         ("qwen3_vl_8b", {"model": {"experts_backend": "grouped"}}, "only a mixture of experts has experts"),
+        ("qwen3_vl_8b", {"parallel": GATHER}, "only a mixture of experts sends tokens"),
+        ("qwen3_vl_30b_a3b", {"parallel": GATHER | {"expert_model_parallel_size": 4}, "data": {"padding": "longest"}},
+         "must have rows of one length"),
+        ("qwen3_vl_30b_a3b", {"train": {"engine": "fsdp2"}, "parallel": GATHER}, "fsdp2 engine does not"),
     ],
 )  # fmt: skip
 def test_broken_rule_is_named(size: str, sections: dict[str, Any], rule: str) -> None:

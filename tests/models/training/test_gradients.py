@@ -38,6 +38,17 @@ def test_gradients_are_scaled_and_clipped_together(norm: float, clip_grad: float
     assert found == pytest.approx([4.0 * expected, -8.0 * expected, 16.0 * expected], rel=1e-5)
 
 
+def test_optimizer_that_scales_in_its_step_is_told_how() -> None:
+    apart = part(4.0)
+    apart.optimizer = SimpleNamespace(gradient_scale=1.0)
+    parts = [apart, part(16.0)]
+    scale_gradients(SimpleNamespace(chained_optimizers=parts), 0.25, 2.0)
+    assert apart.optimizer.gradient_scale == pytest.approx(0.125, rel=1e-5)
+    assert [float(p.grad) for found in parts for p in found.get_parameters()] == pytest.approx(
+        [4.0, 2.0], rel=1e-5
+    )
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_norm_is_that_of_the_mean_loss_of_transformers(
     dtype: str, make_recipe: Callable[..., Recipe]

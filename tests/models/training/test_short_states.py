@@ -120,6 +120,24 @@ def test_steps_go_where_the_optimizers_own_go(dtypes: tuple[torch.dtype, ...], p
         assert not optimizer.unpacked
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_scaled_in_the_next_step_and_in_no_other(dtype: torch.dtype) -> None:
+    found = []
+    for scales in ((0.25, 1.0), (1.0, 0.25), (1.0, 1.0)):
+        parameters = make_parameters(dtype)
+        optimizer: Any = GroupAdam([parameters])
+        step_short_states(optimizer)
+        for scale in scales:
+            for parameter in parameters:
+                parameter.decoupled_grad = torch.full(parameter.shape, 2.0)
+            optimizer.gradient_scale = scale
+            optimizer.step()
+        assert optimizer.gradient_scale == 1.0
+        found.append(float(optimizer.state[parameters[0]]["exp_avg"].float().mean()))
+    # 0.9 (0.1 g1) + 0.1 g2
+    assert found == pytest.approx([0.09 * 0.5 + 0.2, 0.18 + 0.1 * 0.5, 0.38], rel=2e-2)
+
+
 def test_whole_weights_beside_bf16_ones_take_its_own_step() -> None:
     parameters = make_parameters(torch.bfloat16)
     optimizer = GroupAdam([parameters], store_param_remainders=False)

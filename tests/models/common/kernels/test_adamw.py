@@ -119,6 +119,19 @@ def test_without_bias_correction_the_first_step_is_short(device: torch.device) -
     assert ratio.cpu().tolist() == pytest.approx([0.1 / 0.05**0.5] * len(ratio), rel=1e-3)
 
 
+def test_gradients_are_scaled_first(device: torch.device) -> None:
+    whole, halved = (make_weights(device) for _ in range(2))
+    draw_gradients(whole, 1)
+    for weight, other in zip(whole, halved, strict=True):
+        other.gradient.copy_(2 * weight.gradient)
+    for weights, scale in ((whole, 1.0), (halved, 0.5)):
+        for launch in plan_launches(weights):
+            adamw_step(launch, GROUP._replace(gradient_scale=scale))
+    for weight, other in zip(whole, halved, strict=True):
+        for name in ("weight", "first_moment", "second_moment", "remainder"):
+            assert torch.equal(getattr(weight, name), getattr(other, name)), name
+
+
 def test_places_tell_when_a_tensor_moved(device: torch.device) -> None:
     [weight, *_] = weights = make_weights(device)
     before = addresses_of(weights)

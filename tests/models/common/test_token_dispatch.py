@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that stay on their rank, against megatron-core's dispatcher, which sorts them once more."""
+"""Tokens on their way to experts: on one rank against megatron-core's dispatcher, on two against transformers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,16 +11,17 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from models.common.local_dispatch import LocalMoELayer, LocalTokenDispatcher
 from models.common.settings import ModelSettings
+from models.common.token_dispatch import DispatchingMoELayer, LocalTokenDispatcher
 from models.parity.single import make_pair
+from tests.models.common.test_layouts import EP, GATHER, SP, check
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
 
 def first_layer() -> Any:
     pair = make_pair("qwen3_vl_moe", ModelSettings(moe_aux_loss_coeff=0.0))
-    return next(part for part in pair.model.modules() if isinstance(part, LocalMoELayer))
+    return next(part for part in pair.model.modules() if isinstance(part, DispatchingMoELayer))
 
 
 def run(layer: Any) -> dict[str, Tensor]:
@@ -56,5 +58,11 @@ def test_layer_whose_rows_are_padded_keeps_the_other_dispatcher() -> None:
     """Rows are counted on the device there, and the CPU must wait for the number."""
     layer = first_layer()
     layer.config.moe_router_padding_for_quantization = True
-    again = LocalMoELayer(layer.config, layer.submodules, 1, pg_collection=get_default_pg_collection())
+    again = DispatchingMoELayer(layer.config, layer.submodules, 1, pg_collection=get_default_pg_collection())
     assert type(again.token_dispatcher) is MoEAlltoAllTokenDispatcher
+
+
+def test_tokens_that_all_ranks_gather_get_to_the_same_experts(tmp_path: Path) -> None:
+    """Tokens of two data-parallel ranks, which must have equally many, and of two parts of a sequence."""
+    split = SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    check("qwen3_vl_moe", {"ep": EP | GATHER, "tp sp ep": split | GATHER}, tmp_path, cases=("image", "image"))
