@@ -62,6 +62,7 @@ def test_layer_whose_rows_are_padded_keeps_the_other_dispatcher() -> None:
     assert type(again.token_dispatcher) is MoEAlltoAllTokenDispatcher
 
 
+@pytest.mark.slow  # by default trained: tests/models/training/test_layouts.py
 def test_tokens_that_all_ranks_gather_get_to_the_same_experts(tmp_path: Path) -> None:
     """Tokens of two data-parallel ranks, which must have equally many, and of two parts of a sequence."""
     split = SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}

@@ -21,6 +21,7 @@ SP = TP | {"sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 CP = {"context_parallel_size": 2}
 EP = {"expert_model_parallel_size": 2}
+GATHER = EP | {"moe_token_dispatcher_type": "allgather"}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}), "dp2-overlap": (2, OVERLAP), "tp2": (2, TP), "tp2sp": (2, SP), "pp2": (2, PP), "cp2": (2, CP),
@@ -38,6 +39,8 @@ CHOSEN_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-dp2-overlap": (4, PP | OVERLAP),
     "pp2-ep2": (4, PP | EP),
     "tp2sp-etp1": (2, SP | {"expert_tensor_parallel_size": 1}),
+    "ep2-gather": (2, GATHER),
+    "ep2-gather-tp2sp": (4, GATHER | SP),
     "cp2-ep2-etp2": (4, CP | EP | {"expert_tensor_parallel_size": 2}),
     "fsdp2-dp2": (2, {}),
 }
@@ -81,6 +84,7 @@ QUICK = {
     ("qwen3_vl", "pp2-first1", "long-rows"),  # deepstack features travel
     ("qwen3_vl", "tp2sp", "rows"),
     ("qwen3_vl", "fsdp2-dp2", "rows"),
+    ("qwen3_vl_moe", "ep2-gather", "long-rows"),
 }
 """Of the default run."""
 EVERYWHERE = ("rows", "rows-per-sample", "packed")
@@ -91,6 +95,8 @@ CHOSEN = [
     *((model, layout, form) for model in EXPERTS
       for layout in ("pp2-ep2", "pp4", "tp2sp-etp1", "cp2-ep2-etp2") for form in ("long-rows", "many-rows")),
     *((model, layout, "many-rows") for model in EXPERTS for layout in ("cp2", "tp2sp")),
+    *((model, layout, form) for model in EXPERTS for layout in ("ep2-gather", "ep2-gather-tp2sp")
+      for form in ("long-rows", "packed")),
     *((model, layout, form) for model in ("qwen3_vl", "qwen3_omni") for layout in ("pp2", "cp2", "pp2-dp2-overlap")
       for form in ("recomputed", "frozen-language", "frozen-vision")),
     *((model, "fsdp2-dp2", form) for model in MODELS for form in ("rows", "frozen-vision")),
