@@ -257,7 +257,7 @@ def test_handed_over_verbs_keep_arguments_and_exit_code(capfd: pytest.CaptureFix
 def test_importing_the_harness_loads_nothing_heavy() -> None:
     program = (
         "import sys, harness.cli.app, harness.session, harness.plugin\n"
-        "print(sorted({'torch', 'megatron', 'transformers', 'jinja2', 'plotly', 'statsmodels', 'arch'}"
+        "print(sorted({'torch', 'megatron', 'transformers', 'jinja2', 'matplotlib', 'statsmodels', 'arch'}"
         " & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -210,7 +210,7 @@ def test_plugin_leaves_other_sessions_alone(tmp_path: Path) -> None:
         "@pytest.mark.parametrize('case', [1, 2])\n"
         "def test_own_case(case):\n    assert case\n"
         "def test_nothing_heavy_is_loaded():\n"
-        "    assert not {'pandas', 'torch', 'jinja2', 'plotly'} & set(sys.modules)\n"
+        "    assert not {'pandas', 'torch', 'jinja2', 'matplotlib'} & set(sys.modules)\n"
     )
     done = run_pytest(folder)
     assert done.returncode == 0, done.stdout

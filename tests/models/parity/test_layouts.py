@@ -84,6 +84,7 @@ def test_padding_of_a_packed_row_does_not_count() -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_ended_before_a_job_failed_is_kept(tmp_path: Path) -> None:
     right = job()
     broken = dataclasses.replace(right, name="broken", weights={})
