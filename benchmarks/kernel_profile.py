@@ -8,13 +8,13 @@ import torch
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("sdpa", "flash", "fmha", "compute_dot_do_o", "convert_dq")),
-    ("matrix products", ("nvjet", "gemm", "cutlass", "cublas")),
+    ("matrix products", ("nvjet", "gemm", "cutlass", "cublas", "_add_weight_gradients")),
     ("queries and keys", ("_split_forward", "_split_backward", "rope", "rotary")),
     ("norms", ("_norm_forward", "_norm_backward", "rmsnorm", "layernorm", "layer_norm", "normalization")),
     ("MLP activation", ("gated_act", "silu", "swiglu", "gelu", "dact", "act_kernel")),
     ("loss", ("_loss_forward", "_loss_backward", "cross_entropy", "online_softmax", "element_mul")),
     ("optimizer", ("multi_tensor", "adam", "l2norm", "normtwo")),
-    ("experts' routing", ("permute", "topk", "sort", "router", "scan")),
+    ("experts' routing", ("permute", "topk", "sort", "router", "scan", "row_id_map")),
     ("communication", ("nccl",)),
     ("fp8 casts", ("cast_", "quantize", "amax")),
     ("copies", ("memcpy", "memset", "copy", "cat", "fill")),

@@ -115,7 +115,7 @@ def adamw_step(launch: Launch, group: AdamW) -> None:
     correction1, correction2 = (
         1 - beta**group.step if group.bias_correction else 1.0 for beta in (group.beta1, group.beta2)
     )
-    _step[(len(launch.chunks),)](
+    _adamw_step[(len(launch.chunks),)](
         launch.addresses, launch.sizes, launch.chunks,
         group.gradient_scale, group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, correction1,
         correction2,
@@ -140,7 +140,7 @@ def _pointer(addresses, tensor, column: tl.constexpr, dtype: tl.constexpr, IS_AL
 
 
 @triton.jit
-def _step(
+def _adamw_step(
     addresses, sizes, chunks, gradient_scale, lr, beta1, beta2, eps, weight_decay, correction1, correction2,
     IS_FP32: tl.constexpr, IS_ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     ALIGNMENT: tl.constexpr,
