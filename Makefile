@@ -42,7 +42,9 @@ layers: setup
 unit: setup
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test: lint types layers unit
+test: setup
+	@: beside each other, as checks keep one core busy and tests wait now and then
+	$(MAKE) --no-print-directory --jobs 2 lint types layers unit
 
 slow: setup
 	$(PYTHON) -m pytest -m "slow and not gpu"

@@ -203,12 +203,11 @@ def latest_checkpoint(run: Path) -> Path | None:
     return whole[int(text)]
 
 
-def read_state(folder: Path, recipe: Recipe, layout: dict[str, int]) -> RunState:
-    """Read and check what a checkpoint says about its run.
+def read_state(folder: Path, recipe: Recipe) -> RunState:
+    """Read and check what a checkpoint says about its run; nothing needs to have been built for it.
 
     Raises:
-        ConfigError: it belongs to another recipe, the message names the keys that differ; or weights are all it holds;
-            or its optimizer states cannot be read at this layout.
+        ConfigError: it belongs to another recipe, the message names the keys that differ; or weights are all it holds.
         RunError: it is not whole.
     """
     _check_files(folder)
@@ -229,8 +228,6 @@ def read_state(folder: Path, recipe: Recipe, layout: dict[str, int]) -> RunState
             expected="a checkpoint of a recipe with checkpoint.save_optimizer = true", got="save_optimizer = false",
             fix="convert it, and start a new run from its weights; set save_optimizer = true where runs are to resume",
         )  # fmt: skip
-    if state.engine == "megatron" and state.resharding:
-        _check_resharding(state, recipe, layout, folder)
     return state
 
 
@@ -286,8 +283,14 @@ def _check_files(folder: Path) -> None:
         )  # fmt: skip
 
 
-def _check_resharding(state: RunState, recipe: Recipe, layout: dict[str, int], folder: Path) -> None:
-    """Optimizer states lie as `checkpoint.resharding` said; as "data", another data-parallel size can read them."""
+def require_resharding(state: RunState, recipe: Recipe, layout: dict[str, int], folder: Path) -> None:
+    """Optimizer states lie as `checkpoint.resharding` said; as "data", another data-parallel size can read them.
+
+    Raises:
+        ConfigError: they cannot be read at this layout.
+    """
+    if state.engine != "megatron" or not state.resharding:
+        return
     asked = recipe.checkpoint.resharding
     if asked != state.resharding:
         raise ConfigError(

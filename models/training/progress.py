@@ -88,24 +88,50 @@ class Run:
         return min(self.recipe.train.train_iters, self.options.stop_after or self.recipe.train.train_iters)
 
 
-def restore(recipe: Recipe, directory: Path, engine: Engine, loader: Any) -> Progress:
-    """Bring engine, loader and progress back to the newest whole checkpoint, or to the start without one.
+def find_resumable(recipe: Recipe, directory: Path) -> tuple[Path, checkpoints.RunState] | None:
+    """The newest whole checkpoint, checked before minutes go into building the model; None without one.
+
+    Raises:
+        ConfigError: it belongs to another recipe, or has no optimizer state.
+        RunError: it is not whole, or metrics and checkpoint disagree about which samples were consumed.
+    """
+    recorded = recorded_digests(directory)
+    folder = checkpoints.latest_checkpoint(directory)
+    if folder is None:
+        logger.info("no checkpoint in %s: from the beginning", directory)
+        return None
+    state = checkpoints.read_state(folder, recipe)
+    _check_ledger(state, recorded, folder)
+    return folder, state
+
+
+def restore(
+    recipe: Recipe,
+    directory: Path,
+    engine: Engine,
+    loader: Any,
+    found: tuple[Path, checkpoints.RunState] | None,
+) -> Progress:
+    """Bring engine, loader and progress back to a checkpoint, or to the start without one.
 
     Nothing is changed on disk before everything has been read.
 
+    Args:
+        recipe: Of the run.
+        directory: Its directory.
+        engine: As it was built.
+        loader: Likewise.
+        found: By :func:`find_resumable`.
+
     Raises:
-        ConfigError: the checkpoint belongs to another recipe or layout, or has no optimizer state.
-        RunError: it is not whole; or metrics and checkpoint disagree about which samples were consumed.
+        ConfigError: the checkpoint belongs to another layout.
+        RunError: it cannot be read.
     """
-    ranks = engine.ranks
+    ranks, progress = engine.ranks, Progress()
     recorded = recorded_digests(directory)
-    folder = checkpoints.latest_checkpoint(directory)
-    progress = Progress()
-    if folder is None:
-        logger.info("no checkpoint in %s: from the beginning", directory)
-    else:
-        state = checkpoints.read_state(folder, recipe, ranks.layout)
-        _check_ledger(state, recorded, folder)
+    if found is not None:
+        folder, state = found
+        checkpoints.require_resharding(state, recipe, ranks.layout, folder)
         checkpoints.read_checkpoint(folder, engine, same_layout=state.layout == ranks.layout)
         loader.load_state_dict(checkpoints.read_loader_state(folder, recipe, ranks.dp_rank, ranks.dp_size))
         progress.iteration = state.iteration

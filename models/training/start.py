@@ -32,7 +32,7 @@ from models.training.loop import train_steps
 from models.training.metrics import Recorder
 from models.training.parallel import stop_distributed
 from models.training.processes import pick_device, require_processes
-from models.training.progress import Progress, Run, TrainOptions, restore
+from models.training.progress import Progress, Run, TrainOptions, find_resumable, restore
 from models.training.rendezvous import ranks_met
 from models.training.run_file import (
     claim_directory,
@@ -116,6 +116,7 @@ def start_run(
     require_layout(architecture, recipe)
     require_held_out(recipe, site)
     recipe = with_experts_backend(recipe, architecture, pick_device(launcher.local_rank).type)
+    found = find_resumable(recipe, directory) if options.is_resume else None
     if options.checks_memory:
         require_memory(recipe, architecture, launcher)
     engine = start_engine(recipe, architecture, folder, launcher, timeout_s=options.step_timeout_s)
@@ -124,7 +125,7 @@ def start_run(
         recipe, site, architecture,
         split="train", data_parallel_rank=ranks.dp_rank, data_parallel_size=ranks.dp_size,
     )  # fmt: skip
-    progress = restore(recipe, directory, engine, loader) if options.is_resume else Progress()
+    progress = restore(recipe, directory, engine, loader, found) if options.is_resume else Progress()
     require_trace(recipe, options, progress)
     settings = recipe.checkpoint
     saver = Saver(directory, engine, keep_last=settings.keep_last, is_async=settings.async_save)

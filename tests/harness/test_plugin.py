@@ -162,8 +162,8 @@ def test_regression_fails_the_test_and_names_the_effect(
     ("options", "ci", "code", "outcome"),
     [
         ((), True, 13, "FAILED"),
-        ((), False, 13, "XFAIL"),
-        (("--missing-baseline", "skip"), False, 0, "SKIPPED"),
+        pytest.param((), False, 13, "XFAIL", marks=pytest.mark.slow),
+        pytest.param(("--missing-baseline", "skip"), False, 0, "SKIPPED", marks=pytest.mark.slow),
         (("--missing-baseline", "skip"), True, 13, "FAILED"),
     ],
 )

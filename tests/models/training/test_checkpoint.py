@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that were damaged, moved or set back: what is wrong is said, and nothing on disk changes by it."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -204,6 +205,19 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_key(
     assert read_run_info(run).outcome.error is None
 
 
+def test_a_resume_that_cannot_go_on_is_refused_before_the_model_is_built(
+    stopped: Any, site: Site, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = stopped("megatron")
+
+    def build(*_: Any, **__: Any) -> None:
+        raise AssertionError("was built")
+
+    monkeypatch.setattr("models.training.megatron_engine.start_engine", build)
+    error = refusal(make_recipe(checkpoint=SAVES, train={"seed": 7}), site, run)
+    assert error.what == "the checkpoint belongs to another recipe"
+
+
 def test_limits_may_change_from_one_attempt_to_the_next(
     stopped: Any, site: Site, make_recipe: MakeRecipe
 ) -> None:
@@ -253,13 +267,13 @@ def test_optimizer_states_of_another_resharding_or_layout_are_refused(
     assert error.what == "the checkpoint's optimizer states lie otherwise"
     assert (error.expected, error.got) == ("'any', as they were written", "'data' in the recipe")
     folder = run / FOLDER / NEWEST
-    state = json.loads((folder / STATE_FILE).read_text())
-    assert checkpoint.read_state(folder, recipe, state["layout"] | {"tp": 2}).resharding == "any"
-    (folder / STATE_FILE).write_text(json.dumps(state | {"resharding": "data"}))
-    for layout in (state["layout"], state["layout"] | {"dp": 2}):
-        assert checkpoint.read_state(folder, data, layout).iteration == 4
+    whole = checkpoint.read_state(folder, recipe)
+    checkpoint.require_resharding(whole, recipe, whole.layout | {"tp": 2}, folder)
+    state = dataclasses.replace(whole, resharding="data")
+    for layout in (state.layout, state.layout | {"dp": 2}):
+        checkpoint.require_resharding(state, data, layout, folder)
     with pytest.raises(ConfigError, match="for another layout") as caught:
-        checkpoint.read_state(folder, data, state["layout"] | {"dp": 2, "tp": 2, "pp": 4})
+        checkpoint.require_resharding(state, data, state.layout | {"dp": 2, "tp": 2, "pp": 4}, folder)
     assert (caught.value.expected, caught.value.got) == ("tp = 1, pp = 1", "tp = 2, pp = 4")
 
 
