@@ -66,9 +66,8 @@ def scale_gradients(optimizer: Any, scale: float, norm: float) -> None:
             continue
         limit = part.config.clip_grad
         factor = scale * min(1.0, limit / (norm + 1e-6)) if limit > 0 else scale
-        if hasattr(
-            getattr(part, "optimizer", None), "gradient_scale"
-        ):  # whose step does it, see models.training.short_states
+        # An optimizer of models.training.short_states does it in its step.
+        if hasattr(getattr(part, "optimizer", None), "gradient_scale"):
             part.optimizer.gradient_scale = factor
             continue
         gradients = _main_gradients(part)

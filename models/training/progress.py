@@ -4,7 +4,7 @@
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.contract.architecture import Architecture
 from models.contract.errors import RunError
@@ -88,8 +88,17 @@ class Run:
         return min(self.recipe.train.train_iters, self.options.stop_after or self.recipe.train.train_iters)
 
 
-def find_resumable(recipe: Recipe, directory: Path) -> tuple[Path, checkpoints.RunState] | None:
-    """The newest whole checkpoint, checked before minutes go into building the model; None without one.
+class Resumable(NamedTuple):
+    """What a run left behind."""
+
+    recorded: dict[int, str]
+    """Digest of the samples of each recorded iteration."""
+    checkpoint: tuple[Path, checkpoints.RunState] | None
+    """The newest whole one."""
+
+
+def find_resumable(recipe: Recipe, directory: Path) -> Resumable:
+    """What to go on from, checked before minutes go into building the model.
 
     Raises:
         ConfigError: it belongs to another recipe, or has no optimizer state.
@@ -99,10 +108,10 @@ def find_resumable(recipe: Recipe, directory: Path) -> tuple[Path, checkpoints.R
     folder = checkpoints.latest_checkpoint(directory)
     if folder is None:
         logger.info("no checkpoint in %s: from the beginning", directory)
-        return None
+        return Resumable(recorded, None)
     state = checkpoints.read_state(folder, recipe)
     _check_ledger(state, recorded, folder)
-    return folder, state
+    return Resumable(recorded, (folder, state))
 
 
 def restore(
@@ -110,7 +119,7 @@ def restore(
     directory: Path,
     engine: Engine,
     loader: Any,
-    found: tuple[Path, checkpoints.RunState] | None,
+    found: Resumable,
 ) -> Progress:
     """Bring engine, loader and progress back to a checkpoint, or to the start without one.
 
@@ -128,9 +137,8 @@ def restore(
         RunError: it cannot be read.
     """
     ranks, progress = engine.ranks, Progress()
-    recorded = recorded_digests(directory)
-    if found is not None:
-        folder, state = found
+    if found.checkpoint is not None:
+        folder, state = found.checkpoint
         checkpoints.require_resharding(state, recipe, ranks.layout, folder)
         checkpoints.read_checkpoint(folder, engine, same_layout=state.layout == ranks.layout)
         loader.load_state_dict(checkpoints.read_loader_state(folder, recipe, ranks.dp_rank, ranks.dp_size))
@@ -138,7 +146,7 @@ def restore(
         progress.consumed_train_samples = state.consumed_train_samples
         progress.ledger = Ledger(state.sample_digests)
     progress.expected_digests = {
-        iteration: digest for iteration, digest in recorded.items() if iteration > progress.iteration
+        iteration: digest for iteration, digest in found.recorded.items() if iteration > progress.iteration
     }
     ranks.barrier()  # nobody may save or cut before all have looked
     if ranks.rank == 0:

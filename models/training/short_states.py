@@ -47,9 +47,7 @@ def step_short_states(inner: Any, *, piece: int = PIECE) -> None:
                     continue
                 count = group.get("step", 0)
                 halved = [p for p in group["params"] if _is_halved(inner, p)]
-                weights = [
-                    _weight(inner, p) for p in halved if getattr(p, "decoupled_grad", None) is not None
-                ]
+                weights = [_weight(inner, p) for p in halved if _gradient(p) is not None]
                 for launch in launches(index, weights):
                     adamw_step(launch, _settings(group, count + 1, scale))
                 others = [p for p in group["params"] if not _is_halved(inner, p)]
@@ -69,6 +67,10 @@ def _is_halved(inner: Any, parameter: Tensor) -> bool:
     return inner.store_param_remainders and parameter.dtype is torch.bfloat16
 
 
+def _gradient(parameter: Any) -> Tensor | None:
+    return getattr(parameter, "decoupled_grad", None)
+
+
 def _weight(inner: Any, parameter: Any) -> Weight:
     state = inner.state[parameter]
     if not state:
@@ -79,7 +81,7 @@ def _weight(inner: Any, parameter: Any) -> Weight:
 
 
 def _scale(parameters: list[Any], scale: float) -> None:
-    gradients = [p.decoupled_grad for p in parameters if getattr(p, "decoupled_grad", None) is not None]
+    gradients = [gradient for p in parameters if (gradient := _gradient(p)) is not None]
     if gradients and scale != 1.0:
         torch._foreach_mul_(gradients, scale)
 

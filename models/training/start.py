@@ -125,7 +125,7 @@ def start_run(
         recipe, site, architecture,
         split="train", data_parallel_rank=ranks.dp_rank, data_parallel_size=ranks.dp_size,
     )  # fmt: skip
-    progress = restore(recipe, directory, engine, loader, found) if options.is_resume else Progress()
+    progress = restore(recipe, directory, engine, loader, found) if found else Progress()
     require_trace(recipe, options, progress)
     settings = recipe.checkpoint
     saver = Saver(directory, engine, keep_last=settings.keep_last, is_async=settings.async_save)
