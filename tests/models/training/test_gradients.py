@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from models.contract.recipe import Recipe
 from models.parity.compare import gradient_norm
@@ -67,3 +68,16 @@ def test_the_norm_is_that_of_the_mean_loss_of_transformers(
     assert found.grad_norm == pytest.approx(
         gradient_norm(job.gradients), rel=1e-5 if dtype == "fp32" else 2e-2
     )
+
+
+def test_a_model_without_experts_counts_no_load_that_another_left_behind(
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    [job] = make_jobs("qwen3_vl", {"one": {}}, cases=("text",))
+    batches = list(job.batches[0])
+    with cpu_megatron():
+        engine = make_engine(make_recipe(), job)
+        get_moe_metrics_tracker().ensure_initialized("load_balancing_loss", 4, device="cpu")
+        sums = engine.forward_backward(batches, denominator=1.0, num_padded_tokens=1)
+        stop_distributed()
+    assert sums.auxiliary == {}
