@@ -212,8 +212,10 @@ def load_policy(path: Path = POLICY_FILE) -> Policy:
         ) from None
 
 
-def check_margin(name: str, margin: float, minimum_detectable_change: float, *, where: str) -> None:
-    """Refuse a margin that the noise does not let anybody test.
+def check_margin(
+    name: str, margin: float, minimum_detectable_change: float, *, where: str, otherwise: str = ""
+) -> None:
+    """Refuse a margin that the noise does not let anybody test; `otherwise` is what can be done besides.
 
     Raises:
         ConfigError: the margin is below the minimum detectable change.
@@ -225,5 +227,9 @@ def check_margin(name: str, margin: float, minimum_detectable_change: float, *, 
             where=where,
             expected=f"a margin for {name} of at least {minimum_detectable_change:.2%}",
             got=f"{margin:.2%}",
-            fix="record more runs for the baseline, or widen the margin in the policy",
+            fix=", or ".join(
+                filter(
+                    None, ("record more runs for the baseline", "widen the margin in the policy", otherwise)
+                )
+            ),
         )

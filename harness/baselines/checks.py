@@ -20,6 +20,9 @@ from models.contract.recipe import parse_recipe
 if TYPE_CHECKING:
     from harness.policy import Policy
 
+REPORT_ONLY = "let the baseline judge the loss alone: `--report-only throughput`"
+"""What else helps where launches differ too much, as they do between hosts."""
+
 
 def lint(directory: Path, policy: Policy, *, now: str) -> list[str]:
     """Everything wrong with the baselines of a folder, one line each; empty when all is well."""
@@ -54,9 +57,36 @@ def check_margins(baseline: Baseline, policy: Policy) -> None:
         check_margin(
             "end-window loss", policy.end_window.margin, noise.loss_minimum_detectable_change, where=where
         )
-    limits = policy.throughput.limits(baseline.key.hardware)
-    if noise.step_time_minimum_detectable_change is not None and not limits.advisory:
-        check_margin("throughput", -limits.fail, noise.step_time_minimum_detectable_change, where=where)
+    detectable = noise.step_time_minimum_detectable_change
+    if detectable is not None and judges_throughput(baseline, policy):
+        margin = -policy.throughput.limits(baseline.key.hardware).fail
+        check_margin("throughput", margin, detectable, where=where, otherwise=REPORT_ONLY)
+
+
+def check_report_only(baseline: Baseline, policy: Policy) -> None:
+    """Refuse a baseline that does not judge what its launches let it judge.
+
+    Raises:
+        BaselineError: changes below the policy's margin can be seen.
+    """
+    if "throughput" not in baseline.report_only:
+        return
+    detectable = baseline.calibration and baseline.calibration.step_time_minimum_detectable_change
+    margin = -policy.throughput.limits(baseline.key.hardware).fail
+    if detectable is not None and detectable <= margin:
+        raise BaselineError(
+            "these launches are calm enough to judge throughput",
+            where=f"{baseline.key.suite}/{baseline.key.case} on {baseline.key.hardware}",
+            expected=f"a minimum detectable change above the margin of {margin:.1%}",
+            got=f"{detectable:.1%}",
+            fix="propose them without --report-only throughput",
+        )
+
+
+def judges_throughput(baseline: Baseline, policy: Policy) -> bool:
+    """Whether a change of step time blocks."""
+    is_advisory = policy.throughput.limits(baseline.key.hardware).advisory
+    return not is_advisory and "throughput" not in baseline.report_only
 
 
 def check_ratchet(baseline: Baseline, directory: Path, policy: Policy) -> None:
@@ -125,7 +155,7 @@ def _drift_from(anchor: Baseline, baseline: Baseline, policy: Policy) -> dict[st
     drifts: dict[str, float] = {}
     if anchor.has("lm_loss") and baseline.has("lm_loss"):
         drifts["end loss"] = math.expm1(_end_log_loss(baseline, policy) - _end_log_loss(anchor, policy))
-    if not policy.throughput.limits(baseline.key.hardware).advisory:
+    if judges_throughput(anchor, policy) and judges_throughput(baseline, policy):
         # Faster is welcome; only slower counts.
         drifts["step time"] = max(_step_time(baseline, policy) / _step_time(anchor, policy) - 1.0, 0.0)
     return drifts

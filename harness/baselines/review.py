@@ -39,6 +39,8 @@ def show(baseline: Baseline) -> str:
             f"  detectable  {_percent(noise.loss_minimum_detectable_change)} of the end loss, "
             f"{_percent(noise.step_time_minimum_detectable_change)} of step time"
         )
+    if baseline.report_only:
+        rows.append(f"  judges not  {', '.join(baseline.report_only)}: reports what it finds")
     rows += [f"  {name:<11} {value}" for name, value in baseline.facts.items()]
     return "\n".join(rows)
 

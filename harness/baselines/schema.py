@@ -24,6 +24,7 @@ ID_HEX_DIGITS = 16
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 STORED_COLUMNS = (*NUMBER_COLUMNS, REPORTED_TFLOPS, REPORTED_TOKENS)
 REASONS = ("new-hw", "stack-bump", "recipe-change", "bugfix", "improvement", "first")
+JudgedGate = Literal["throughput"]
 Reason = Literal["new-hw", "stack-bump", "recipe-change", "bugfix", "improvement", "first"]
 
 
@@ -102,6 +103,8 @@ class Baseline(BaseModel):
     facts: dict[str, Any] = {}
     """What a published reference states: source, seq_length, flops_per_padded_token, …"""
     calibration: Calibration | None = None
+    report_only: tuple[JudgedGate, ...] = ()
+    """Gates that say what they find without judging: the launches differ too much for their margins."""
     runs: tuple[BaselineRun, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

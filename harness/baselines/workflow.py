@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.baselines.checks import check_margins, check_ratchet
+from harness.baselines.checks import check_margins, check_ratchet, check_report_only
 from harness.baselines.review import change_text
-from harness.baselines.schema import REASONS, Baseline, BaselineKey, Reason, baseline_of_records
+from harness.baselines.schema import (
+    REASONS,
+    Baseline,
+    BaselineKey,
+    JudgedGate,
+    Reason,
+    baseline_of_records,
+)
 from harness.baselines.store import (
     CANDIDATES,
     RETIRED,
@@ -56,13 +63,14 @@ def propose(
     author: str,
     created_at: str,
     because: str = "",
+    report_only: tuple[JudgedGate, ...] = (),
 ) -> Proposal:
     """Write a candidate from several launches, with the text a reviewer needs.
 
     Raises:
         BaselineError: too few runs, runs that are not sound or not of one recipe, commit and hardware class, a dirty
-            tree, no A/A pair, noise too large for the policy's margins, or a regression that nobody explains.
-        ConfigError: the reason is not one of the list.
+            tree, no A/A pair, or a regression that nobody explains; gates of `report_only` that could judge.
+        ConfigError: the reason is not one of the list, or noise too large for the policy's margins.
     """
     if reason not in REASONS:
         raise ConfigError("unknown reason", expected=", ".join(REASONS), got=reason)
@@ -80,7 +88,9 @@ def propose(
         suite=suite, case=case, recipe_sha=info.recipe_sha, hardware=hardware_of(records[0]) or "unknown"
     )
     old = _in_force(directory, key)
-    chain: dict[str, Any] = {"reason": reason, "because": because, "author": author}
+    chain: dict[str, Any] = {
+        "reason": reason, "because": because, "author": author, "report_only": report_only,
+    }  # fmt: skip
     if old is not None:
         _explain_regression(records, old, policy, because)
         chain["supersedes"] = old.baseline_id
@@ -88,6 +98,7 @@ def propose(
             chain["anchor_id"] = old.anchor
     baseline = baseline_of_records(records, key=key, policy=policy, created_at=created_at, chain=chain)
     check_margins(baseline, policy)
+    check_report_only(baseline, policy)
     change = change_text(old, baseline)
     path = directory / CANDIDATES / key.hardware / suite / f"{case}.{baseline.baseline_id}.json"
     write_baseline(baseline, path)

@@ -11,6 +11,7 @@ import typer
 from models.contract.errors import BaselineError, ConfigError
 
 ReasonOption = Literal["new-hw", "stack-bump", "recipe-change", "bugfix", "improvement", "first"]
+JudgedGateOption = Literal["throughput"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +43,13 @@ def propose(
         str, typer.Option(help="Explanation for the reviewer; must be there for a regression.")
     ] = "",
     author: Annotated[str | None, typer.Option(help="Who records it (default: the login name).")] = None,
+    report_only: Annotated[
+        JudgedGateOption | None,
+        typer.Option(
+            "--report-only",
+            help="Gate that reports and does not judge, where launches differ too much for its margin.",
+        ),
+    ] = None,
     directory: Directory = None,
     policy: PolicyOption = None,
 ) -> None:
@@ -56,6 +64,7 @@ def propose(
     proposal = workflow.propose(
         [load_record(run) for run in runs], suite=suite, case=name, directory=_directory(directory),
         policy=_policy(policy), reason=reason, author=author or getpass.getuser(), created_at=_now(), because=because,
+        report_only=(report_only,) if report_only else (),
     )  # fmt: skip
     typer.echo(proposal.change)
     typer.echo(f"candidate: {proposal.path}\nreview:    {proposal.change_path}")

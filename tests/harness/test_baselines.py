@@ -19,6 +19,7 @@ from harness.baselines.review import change_text, show
 from harness.baselines.schema import content_id
 from harness.baselines.store import baseline_path, write_baseline
 from harness.baselines.workflow import Proposal, accept, propose, retire
+from harness.grading import grade
 from harness.policy import Policy
 from harness.records import RunRecord, load_record
 from models.contract.errors import BaselineError, ConfigError
@@ -310,6 +311,57 @@ def test_noise_beyond_the_margin_is_refused(launches: list[RunRecord], policy: P
     gpu = baseline.key.model_copy(update={"hardware": "h100"})
     with pytest.raises(ConfigError, match="throughput"):
         check_margins(baseline.model_copy(update={"calibration": slow, "key": gpu}), policy)
+
+
+def on_hosts(folder: Path, *factors: float) -> list[RunRecord]:
+    """Launches on GPUs of different speed."""
+    return [
+        load_record(
+            write_synthetic_run(
+                folder / str(seed),
+                SyntheticRun(run_seed=seed, hardware="h100", device_name="NVIDIA H100", host_factor=factor),
+            )
+        )
+        for seed, factor in enumerate(factors, start=5)
+    ]
+
+
+def test_loss_alone_judges_where_hosts_differ(policy: Policy, tmp_path: Path) -> None:
+    launches = on_hosts(tmp_path, 1.0, 1.02, 1.04)
+    with pytest.raises(ConfigError, match=r"throughput") as refused:
+        proposal(launches, tmp_path / "kept", policy)
+    assert "--report-only throughput" in refused.value.fix
+    made = proposal(launches, tmp_path / "kept", policy, report_only=("throughput",))
+    assert "judges not  throughput" in made.change
+    accepted = load_baseline(accept(made.path, directory=tmp_path / "kept", policy=policy))
+    assert lint(tmp_path / "kept", policy, now=NOW) == []
+    [slow] = on_hosts(tmp_path / "later", 1.5)
+    verdict = grade(slow, accepted, policy, hardware="h100")
+    [gate] = [gate for gate in verdict.gates if gate.gate == "throughput"]
+    assert (verdict.name, gate.status, gate.blocks) == ("PASS", "fail", False)
+    assert "advisory: launches of the baseline differ too much" in gate.summary
+    judging = accepted.model_copy(update={"report_only": ()})
+    assert grade(slow, judging, policy, hardware="h100").name == "REGRESSION"
+
+
+def test_loss_alone_never_judges_where_hosts_are_alike(policy: Policy, tmp_path: Path) -> None:
+    launches = on_hosts(tmp_path, 1.0, 1.0, 1.0)
+    with pytest.raises(BaselineError, match="calm enough"):
+        proposal(launches, tmp_path / "kept", policy, report_only=("throughput",))
+
+
+def test_ratchet_holds_no_step_time_that_does_not_judge(policy: Policy, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    for factors in ((1.0, 1.02, 1.04), (1.2, 1.22, 1.25)):  # 20% slower: beyond the cap
+        made = proposal(
+            on_hosts(tmp_path / str(factors[0]), *factors), folder, policy,
+            reason="stack-bump" if made_before(folder) else "first", because="hosts", report_only=("throughput",),
+        )  # fmt: skip
+        accept(made.path, directory=folder, policy=policy)
+
+
+def made_before(folder: Path) -> bool:
+    return any(folder.glob("h100/*/*.json"))
 
 
 def test_lint_names_every_problem(launches: list[RunRecord], policy: Policy, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ OPTIONS = {
     "convert": [],
     "data": [],
     "generate": [],
-    "baseline propose": ["--author", "--baseline-dir", "--because", "--case", "--policy", "--reason"],
+    "baseline propose": ["--author", "--baseline-dir", "--because", "--case", "--policy", "--reason", "--report-only"],
     "baseline diff": [],
     "baseline accept": ["--baseline-dir", "--policy"],
     "baseline lint": ["--baseline-dir", "--policy"],
