@@ -28,6 +28,7 @@ from torch import distributed
 from benchmarks.host_profile import host_profile
 from benchmarks.kernel_profile import idle_table, kernel_times, profile, profile_table
 from models.common.batch import Batch
+from models.common.settings import with_token_dispatcher
 from models.contract.architecture import Architecture
 from models.contract.errors import HarnessError
 from models.contract.families import published_architecture
@@ -162,6 +163,7 @@ def summarise(
     rate = 1e-9 / step_time_ms / world_size
     return {
         **{key: value for key, value in vars(options).items() if value},
+        "dispatcher": recipe.parallel.moe_token_dispatcher_type,
         "world_size": world_size,
         "step_time_ms": round(step_time_ms, 2),
         "spread_ms": round(max(times) - min(times), 2),
@@ -207,7 +209,7 @@ def case_parser() -> argparse.ArgumentParser:
         "--experts", default="auto", choices=["auto", "te", "grouped"], help="whose products experts take"
     )
     parser.add_argument(
-        "--dispatcher", default="alltoall", choices=["alltoall", "allgather"], help="of tokens to experts"
+        "--dispatcher", default="auto", choices=["auto", "alltoall", "allgather"], help="of tokens to experts"
     )
     parser.add_argument("--fp8", default="", choices=["", "tensorwise", "blockwise", "delayed"])
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
@@ -252,7 +254,9 @@ def run_case(options: argparse.Namespace, ceiling: MatmulRate | None) -> None:
         architecture = dataclasses.replace(architecture, vision=vision)
     architecture = cut_layers(architecture, options.num_layers)
     launcher = read_launcher_environment()
-    recipe = make_recipe(options, launcher.world_size, architecture.family)
+    recipe = with_token_dispatcher(
+        make_recipe(options, launcher.world_size, architecture.family), architecture
+    )
     ranks = start_megatron(recipe, launcher, timeout_s=300)
     try:
         engine = MegatronEngine(recipe, architecture, ranks, ())

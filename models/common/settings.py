@@ -6,7 +6,9 @@ from typing import Literal
 
 import torch
 
+from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
+from models.contract.layout import expert_ranks, has_equal_shares
 from models.contract.recipe import Recipe
 from models.contract.run_rules import grouped_experts_obstacles
 
@@ -97,8 +99,33 @@ def resolve_experts_backend(recipe: Recipe, device: str) -> ExpertsBackend:
     return name
 
 
+def resolve_token_dispatcher(recipe: Recipe, architecture: Architecture) -> TokenDispatcherType:
+    """Turn `auto` into a dispatcher: `allgather` where it has less to send and nothing stands against it.
+
+    With n ranks that share experts and k experts a token, that sends n - 1 rows for a token, and `alltoall` up to
+    k (n - 1) / n. Experts in fp8 pad their rows, and have not been tried with it.
+    """
+    name, moe = recipe.parallel.moe_token_dispatcher_type, architecture.text.moe
+    if name != "auto":
+        return name
+    has_less_to_send = moe is not None and 1 < expert_ranks(recipe) < moe.topk
+    can_gather = (
+        recipe.train.engine == "megatron" and recipe.precision.fp8 is None and has_equal_shares(recipe)
+    )
+    return "allgather" if has_less_to_send and can_gather else "alltoall"
+
+
+def with_token_dispatcher(recipe: Recipe, architecture: Architecture) -> Recipe:
+    """The recipe with the dispatcher in the place of `auto`, which hangs on how many experts a token has."""
+    name = resolve_token_dispatcher(recipe, architecture)
+    parallel = recipe.parallel.model_copy(update={"moe_token_dispatcher_type": name})
+    return recipe.model_copy(update={"parallel": parallel})
+
+
 def settings_from_recipe(recipe: Recipe, *, device: str) -> ModelSettings:
     """Settings of a recipe on a kind of device (`cpu` or `cuda`).
+
+    A dispatcher that is still `auto`, see :func:`with_token_dispatcher`, is the one that works everywhere.
 
     Raises:
         ConfigError: the recipe asks for something this kind of device does not have.
@@ -126,7 +153,9 @@ def settings_from_recipe(recipe: Recipe, *, device: str) -> ModelSettings:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        moe_token_dispatcher_type=parallel.moe_token_dispatcher_type,
+        moe_token_dispatcher_type=(
+            "allgather" if parallel.moe_token_dispatcher_type == "allgather" else "alltoall"
+        ),
         num_layers=recipe.model.num_layers,
         init_method_std=recipe.optimizer.init_method_std,
         recompute=precision.recompute,

@@ -57,6 +57,24 @@ def sequence_multiple(recipe: Recipe) -> int:
     return 1 if cp == tp == 1 else cp * (tp if cp == 1 else _least_common_multiple(tp, 2))
 
 
+def expert_ranks(recipe: Recipe) -> int:
+    """Ranks that share the experts of a layer, and send each other tokens."""
+    parallel = recipe.parallel
+    etp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    return etp * parallel.expert_model_parallel_size
+
+
+def has_equal_shares(recipe: Recipe) -> bool:
+    """Whether ranks that share experts are certain to have equally many tokens in every micro-batch.
+
+    They stand one behind another, as those do that have parts of the same rows, cut evenly: only data-parallel ranks
+    can have rows of another length, and only where those follow from the samples.
+    """
+    parallel = recipe.parallel
+    same_rows = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return recipe.data.padding == "max_length" or same_rows % expert_ranks(recipe) == 0
+
+
 def _least_common_multiple(a: int, b: int) -> int:
     return a if a % b == 0 else a * b
 
@@ -226,18 +244,13 @@ def _experts(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProbl
     yield from _divides(
         tensor, moe.ffn_hidden_size, "an expert's ffn_hidden_size", "parallel.expert_tensor_parallel_size"
     )
-    expert_ranks = tensor * ep * parallel.pipeline_model_parallel_size
-    if recipe.num_processes % expert_ranks:
+    num_ranks = expert_ranks(recipe) * parallel.pipeline_model_parallel_size
+    if recipe.num_processes % num_ranks:
         yield LayoutProblem(
             rule="num_processes must be a multiple of etp * ep * pp", where="parallel.expert_model_parallel_size",
-            got=f"{recipe.num_processes} and {expert_ranks}", fix="change num_processes or the expert layout",
+            got=f"{recipe.num_processes} and {num_ranks}", fix="change num_processes or the expert layout",
         )  # fmt: skip
-    is_gathered = parallel.moe_token_dispatcher_type == "allgather" and ep > 1
-    if (
-        is_gathered
-        and recipe.data.padding == "longest"
-        and recipe.num_processes > parallel.model_parallel_size
-    ):
+    if parallel.moe_token_dispatcher_type == "allgather" and not has_equal_shares(recipe):
         yield LayoutProblem(
             rule="ranks that gather each other's tokens must have rows of one length",
             where="parallel.moe_token_dispatcher_type", got="allgather with data.padding = longest",

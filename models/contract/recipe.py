@@ -133,9 +133,9 @@ class ParallelSection(BaseModel):
     context_parallel_size: int = Field(default=1, ge=1)
     expert_model_parallel_size: int = Field(default=1, ge=1)
     expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    moe_token_dispatcher_type: Literal["auto", "alltoall", "allgather"] = "auto"
     """`allgather`: every rank that shares experts gets all tokens once, less to send where there are fewer such ranks
-    than experts a token."""
+    than experts a token; `auto`: that there, where all are certain to have equally many tokens, else `alltoall`."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
@@ -242,7 +242,9 @@ class Recipe(BaseModel):
             data["data"].pop("fixed_shapes")
         if self.model.experts_backend != "grouped":  # `te` was the default before `auto` was
             data["model"].pop("experts_backend")
-        if self.parallel.moe_token_dispatcher_type == "alltoall":
+        if (
+            self.parallel.moe_token_dispatcher_type != "allgather"
+        ):  # `alltoall` was the default before `auto` was
             data["parallel"].pop("moe_token_dispatcher_type")
         return data
 

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from models.common.settings import resolve_attention_backend
+from models.contract.layout import expert_ranks
 from models.contract.recipe import Recipe
 from models.contract.site import REPOSITORY
 
@@ -47,9 +48,14 @@ def describe_environment(recipe: Recipe, device: torch.device, patches: tuple[st
 
 
 def describe_kernels(recipe: Recipe, device: torch.device) -> str:
-    """Whose kernels the layers run on, and why where a GPU has better ones."""
+    """Whose kernels the layers run on, and why where a GPU has better ones; how tokens get to experts, if gathered."""
     if recipe.train.engine != "megatron":
         return "transformers"
+    is_gathered = recipe.parallel.moe_token_dispatcher_type == "allgather" and expert_ranks(recipe) > 1
+    return _describe_layers(recipe, device) + (", gathered tokens" if is_gathered else "")
+
+
+def _describe_layers(recipe: Recipe, device: torch.device) -> str:
     backend = resolve_attention_backend(recipe.model.attention_backend, device.type)
     if backend == "te":
         has_own_experts = recipe.model.experts_backend == "grouped"

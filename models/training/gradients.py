@@ -66,7 +66,7 @@ def scale_gradients(optimizer: Any, scale: float, norm: float) -> None:
             continue
         limit = part.config.clip_grad
         factor = scale * min(1.0, limit / (norm + 1e-6)) if limit > 0 else scale
-        # An optimizer of models.training.short_states does it in its step.
+        # An optimizer of models.training.adamw_steps does it in its step.
         if hasattr(getattr(part, "optimizer", None), "gradient_scale"):
             part.optimizer.gradient_scale = factor
             continue

@@ -14,6 +14,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -21,8 +22,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from models.common.settings import DTYPES
 from models.contract.errors import ConfigError
 from models.contract.recipe import OptimizerSection, Recipe
+from models.training.adamw_steps import step_short_states, step_whole_states
 from models.training.overlap import exchange_in_turn
-from models.training.short_states import step_short_states
 
 PROJECTOR_PARTS = ("vision_model.merger.", "vision_model.deepstack_mergers.")
 
@@ -186,11 +187,19 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         config, [*chunks], config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
     )
-    if has_short_moments:
-        for part in cast(Any, optimizer).chained_optimizers:
-            if not part.is_stub_optimizer:
-                step_short_states(part.optimizer)
+    for part in cast(Any, optimizer).chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        if has_short_moments:
+            step_short_states(part.optimizer)
+        elif settings.use_distributed_optimizer and _is_fused_adam(part.optimizer):
+            step_whole_states(part)
     return optimizer
+
+
+def _is_fused_adam(inner: Any) -> bool:
+    """Whether this is TransformerEngine's AdamW, which megatron-core takes where it is installed."""
+    return type(inner).__module__.startswith("transformer_engine.")
 
 
 def allocate_states(optimizer: Any) -> None:
@@ -235,6 +244,8 @@ def load_states(optimizer: Any, state: dict[Any, Any]) -> None:
             saved = saved | _as_groups_of(part, before)
         if not isinstance(part.optimizer, torch.optim.AdamW) or "param_state" not in saved:
             part.load_state_dict(saved)
+            if isinstance(part.optimizer, HybridDeviceOptimizer):
+                settle_offloaded(part.optimizer)
             continue
         part.load_state_dict({key: value for key, value in saved.items() if key != "param_state"})
         steps = {key: values.pop("step") for key, values in part.optimizer.state.items()}
@@ -245,6 +256,18 @@ def load_states(optimizer: Any, state: dict[Any, Any]) -> None:
         load_parameters(saved["param_state"])
         for key, step in steps.items():
             part.optimizer.state[key]["step"] = step.clone()
+
+
+def settle_offloaded(inner: HybridDeviceOptimizer) -> None:
+    """Hand loaded states on to the optimizers inside, of the CPU and of the device.
+
+    mcore 0.19 does not where states lie as `checkpoint.resharding = "data"` has them: the fp32 weights stayed those
+    that the model was built with, and the next step put them into the model. And it leaves the loaded `step` in the
+    outer groups, from where every step would set TransformerEngine's count back to it.
+    """
+    for group in inner.param_groups:
+        group.pop("step", None)
+    inner._sync_hdo_state_to_sub_optimizers()
 
 
 def _as_groups_of(part: Any, before: dict[Any, Any]) -> dict[str, Any]:

@@ -63,12 +63,15 @@ def start_distributed(recipe: Recipe, launcher: LauncherEnvironment, *, timeout_
 
 
 def join_processes(launcher: LauncherEnvironment, *, timeout_s: float) -> torch.device:
-    """Start ``torch.distributed`` with the backend of this process's device, which is returned."""
+    """Start ``torch.distributed`` with the backend of this process's device, which is returned.
+
+    It is not told the device: NCCL would then connect each of Megatron's 21 groups as it is made, whether or not
+    anybody ever talks through it. On one H200 that took 1.6 s to start, 9.5 s to end and 6.8 GiB more of its memory
+    than with two groups in use, which take 0.04 and 0.5 s.
+    """
     device = pick_device(launcher.local_rank)
     backend = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}[device.type]
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
-    if device.type == "cuda":
-        options["device_id"] = device
     if not launcher.is_launched:
         options |= {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
     distributed.init_process_group(backend, **options)

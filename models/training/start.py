@@ -12,7 +12,11 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from models.common.settings import resolve_attention_backend, resolve_experts_backend
+from models.common.settings import (
+    resolve_attention_backend,
+    resolve_experts_backend,
+    with_token_dispatcher,
+)
 from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError, RunError
 from models.contract.families import load_architecture
@@ -116,6 +120,7 @@ def start_run(
     require_layout(architecture, recipe)
     require_held_out(recipe, site)
     recipe = with_experts_backend(recipe, architecture, pick_device(launcher.local_rank).type)
+    recipe = with_token_dispatcher(recipe, architecture)
     found = find_resumable(recipe, directory) if options.is_resume else None
     if options.checks_memory:
         require_memory(recipe, architecture, launcher)

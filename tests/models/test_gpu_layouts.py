@@ -21,7 +21,7 @@ TP: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True
 PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 CP: dict[str, Any] = {"context_parallel_size": 2}
 DP: dict[str, Any] = {"num_dp": 2}
-EP = DP | {"expert_model_parallel_size": 2}
+EP = DP | {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"}
 TE: dict[str, Any] = {"attention_backend": "te", "dtype": torch.bfloat16}
 GATHER = {
     "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "moe_token_dispatcher_type": "allgather",

@@ -14,7 +14,7 @@ PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 UNEVEN = PP | {"num_layers_in_first_pipeline_stage": 1}
 CP: dict[str, Any] = {"context_parallel_size": 2}
 DP: dict[str, Any] = {"num_dp": 2}
-EP: dict[str, Any] = {"expert_model_parallel_size": 2, "num_dp": 2}
+EP: dict[str, Any] = {"expert_model_parallel_size": 2, "num_dp": 2, "moe_token_dispatcher_type": "alltoall"}
 GATHER: dict[str, Any] = {"moe_token_dispatcher_type": "allgather"}
 FULL: dict[str, Any] = {"recompute": "full", "recompute_vision": True}
 
@@ -29,7 +29,12 @@ DENSE = {
 }
 EXPERTS = {
     "tp sp": SP,
-    "tp sp ep": SP | {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+    "tp sp ep": SP
+    | {
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+        "moe_token_dispatcher_type": "alltoall",
+    },
     "ep": EP,
     "tp sp etp": SP
     | {"expert_tensor_parallel_size": 2},  # parts of different sizes, which gloo cannot gather itself

@@ -54,11 +54,24 @@ def test_layer_puts_out_the_same_without_another_sort(monkeypatch: pytest.Monkey
         assert value.any(), name
 
 
-def test_layer_whose_rows_are_padded_keeps_the_other_dispatcher() -> None:
+@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+@pytest.mark.parametrize(
+    "changes", [{"moe_router_padding_for_quantization": True}, {"moe_expert_capacity_factor": 1.0}]
+)
+def test_layer_whose_rows_are_padded_or_dropped_keeps_the_other_dispatcher(
+    changes: dict[str, Any], kind: Any
+) -> None:
     """Rows are counted on the device there, and the CPU must wait for the number."""
     layer = first_layer()
-    layer.config.moe_router_padding_for_quantization = True
-    again = DispatchingMoELayer(layer.config, layer.submodules, 1, pg_collection=get_default_pg_collection())
+    for name, value in changes.items():
+        setattr(layer.config, name, value)
+    again = DispatchingMoELayer(
+        layer.config,
+        layer.submodules,
+        1,
+        pg_collection=get_default_pg_collection(),
+        moe_token_dispatcher_type=kind,
+    )
     assert type(again.token_dispatcher) is MoEAlltoAllTokenDispatcher
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every rule of a layout refuses what breaks it, by name, and lets the published layouts through."""
 
+import inspect
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +10,13 @@ import pytest
 
 from models.contract.errors import ConfigError
 from models.contract.families import published_architecture
-from models.contract.layout import check_layout, require_layout, sequence_multiple
+from models.contract.layout import (
+    check_layout,
+    expert_ranks,
+    has_equal_shares,
+    require_layout,
+    sequence_multiple,
+)
 from models.contract.recipe import Recipe, parse_recipe
 
 
@@ -35,6 +43,7 @@ def rules(size: str, **sections: Any) -> list[str]:
 
 TP8 = {"tensor_model_parallel_size": 8}
 PP2 = {"pipeline_model_parallel_size": 2}
+SP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 GATHER = {"moe_token_dispatcher_type": "allgather"}
 
 
@@ -124,12 +133,71 @@ def test_layouts_that_divide_pass(size: str, parallel: dict[str, Any]) -> None:
         ("qwen3_vl_8b", {"parallel": GATHER}, "only a mixture of experts sends tokens"),
         ("qwen3_vl_30b_a3b", {"parallel": GATHER | {"expert_model_parallel_size": 4}, "data": {"padding": "longest"}},
          "must have rows of one length"),
+        ("qwen3_vl_30b_a3b", {"parallel": GATHER | {"expert_tensor_parallel_size": 2}, "data": {"padding": "longest"}},
+         "must have rows of one length"),
         ("qwen3_vl_30b_a3b", {"train": {"engine": "fsdp2"}, "parallel": GATHER}, "fsdp2 engine does not"),
     ],
 )  # fmt: skip
 def test_broken_rule_is_named(size: str, sections: dict[str, Any], rule: str) -> None:
     found = rules(size, **sections)
     assert any(rule in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("parallel", "is_equal"),
+    [
+        ({}, True),
+        ({"expert_model_parallel_size": 2}, False),
+        ({"expert_tensor_parallel_size": 2}, False),
+        (SP2, True),
+        (SP2 | {"expert_tensor_parallel_size": 1}, True),
+        (SP2 | {"expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2}, True),
+        (SP2 | {"expert_model_parallel_size": 2}, False),
+        (SP2 | {"expert_model_parallel_size": 2, "context_parallel_size": 2}, True),
+        ({"expert_model_parallel_size": 2, "context_parallel_size": 4}, True),
+        ({"expert_model_parallel_size": 8, "context_parallel_size": 4}, False),
+        ({"expert_model_parallel_size": 8, "context_parallel_size": 8}, True),
+        (PP2 | {"expert_model_parallel_size": 4, "context_parallel_size": 4}, True),
+    ],
+)
+def test_ranks_that_share_experts_have_rows_of_one_length_where_they_have_the_same_rows(
+    parallel: dict[str, Any], is_equal: bool
+) -> None:
+    longest, fixed = (recipe(parallel=parallel, data={"padding": name}) for name in ("longest", "max_length"))
+    assert has_equal_shares(longest) is is_equal
+    assert has_equal_shares(fixed)
+    found = rules("qwen3_vl_30b_a3b", parallel=parallel | GATHER, data={"padding": "longest"})
+    assert [line for line in found if "rows of one length" not in line] == []
+    assert bool(found) is not is_equal
+    for other in ("auto", "alltoall"):  # either runs everywhere
+        layout = parallel | {"moe_token_dispatcher_type": other}
+        assert rules("qwen3_vl_30b_a3b", parallel=layout, data={"padding": "longest"}) == []
+
+
+def test_ranks_of_one_expert_group_have_parts_of_the_same_rows() -> None:
+    """What :func:`has_equal_shares` counts on, as megatron-core lays ranks out."""
+    from megatron.core.parallel_state import RankGenerator, initialize_model_parallel
+
+    order = inspect.signature(initialize_model_parallel).parameters["order"].default
+    for tp, cp, pp, etp, ep in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4), (1, 2, 4)):
+        num_ranks = 32
+        dense = RankGenerator(
+            tp=tp, ep=1, dp=num_ranks // (tp * cp * pp), pp=pp, cp=cp, order=order, rank_offset=0
+        )
+        experts = RankGenerator(
+            tp=etp, ep=ep, dp=num_ranks // (etp * ep * pp), pp=pp, cp=1, order=order, rank_offset=0
+        )
+        same_rows = [set(ranks) for ranks in dense.get_ranks("tp-cp")]
+        shares = [set(ranks) for ranks in experts.get_ranks("tp-ep")]
+        sizes = {
+            "tensor_model_parallel_size": tp, "context_parallel_size": cp, "pipeline_model_parallel_size": pp,
+            "expert_tensor_parallel_size": etp, "expert_model_parallel_size": ep,
+        }  # fmt: skip
+        made = recipe(num_processes=num_ranks, parallel=sizes, data={"padding": "longest"})
+        assert {len(ranks) for ranks in shares} == {expert_ranks(made)}
+        assert has_equal_shares(made) is all(any(ranks <= rows for rows in same_rows) for ranks in shares), (
+            sizes
+        )
 
 
 GROUPED = {"model": {"experts_backend": "grouped"}}

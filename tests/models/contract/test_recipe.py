@@ -68,6 +68,13 @@ def test_recipe_hash_sees_a_later_key_only_where_it_is_not_its_default(tmp_path:
     assert {recipe.sha() for recipe in defaults} == {plain}
     assert chosen.sha() != plain
     assert chosen.model.experts_backend == "grouped"
+    gathered, *others = (
+        load(tmp_path, f'{MINIMAL}[parallel]\nmoe_token_dispatcher_type = "{dispatcher}"\n')
+        for dispatcher in ("allgather", "auto", "alltoall")
+    )
+    assert {recipe.sha() for recipe in others} == {plain}
+    assert gathered.sha() not in (plain, chosen.sha())
+    assert load(tmp_path, MINIMAL).parallel.moe_token_dispatcher_type == "auto"
 
 
 def test_recipe_names_the_nearest_key_of_a_table_that_may_be_left_out(tmp_path: Path) -> None:

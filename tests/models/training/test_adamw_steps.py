@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of short states, by a stand-in for TransformerEngine's AdamW, which runs on GPUs only."""
+"""Steps in one launch, by a stand-in for TransformerEngine's AdamW, which runs on GPUs only."""
 
 import copy
 from typing import Any
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.common.kernels import adamw
-from models.training.short_states import pieces, step_short_states
+from models.training.adamw_steps import pieces, step_short_states, step_whole_states
 
 SIZES = ((3, 5), (40,), (7,), (2, 2), (1,))
 
@@ -181,6 +181,85 @@ def test_groups_are_whole_again_after_a_step_that_failed() -> None:
     with pytest.raises(AttributeError):  # no gradients
         optimizer.step()
     assert optimizer.param_groups == before
+
+
+class Part:
+    """Like Megatron's distributed optimizer: fp32 weights beside the model's of 16 bits, one without."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.shard_float16_groups: list[list[Any]] = [make_parameters(dtype)[:3], make_parameters(dtype)[3:]]
+        self.shard_fp32_from_float16_groups: list[list[Any]] = [
+            [weight.float() for weight in weights] for weights in self.shard_float16_groups
+        ]
+        self.alone: list[Any] = make_parameters(torch.float32)[:1]
+        self.mains = [weight for weights in self.shard_fp32_from_float16_groups for weight in weights]
+        first, second = self.shard_fp32_from_float16_groups
+        self.optimizer: Any = WholeAdam([[*self.alone, *first], [], second])
+
+    def _copy_main_params_to_model_params(self) -> None:
+        for mains, weights in zip(
+            self.shard_fp32_from_float16_groups, self.shard_float16_groups, strict=True
+        ):
+            for main, weight in zip(mains, weights, strict=True):
+                weight.copy_(main)
+
+    def steps(self, count: int = 3, scale: float = 0.5) -> None:
+        """As Megatron's engine makes them; a weight in the middle gets no gradient in the second one."""
+        generator = torch.Generator().manual_seed(2)
+        for step in range(count):
+            for parameter in (*self.alone, *self.mains):
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if step == 1:
+                self.mains[1].grad = None
+            if hasattr(self.optimizer, "gradient_scale"):
+                self.optimizer.gradient_scale = scale
+            else:
+                torch._foreach_mul_([p.grad for p in (*self.alone, *self.mains) if p.grad is not None], scale)
+            self.optimizer.step()
+            self._copy_main_params_to_model_params()
+
+
+class WholeAdam(GroupAdam):
+    """With fp32 states, of fp32 weights that have gradients of their own."""
+
+    def initialize_state(self, parameter: Any, store_param_remainders: bool) -> None:
+        """Zeros."""
+        assert not store_param_remainders
+        self.state[parameter].update(
+            {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        )
+
+    def step(self) -> None:
+        """One step of every group."""
+        for group in self.param_groups:
+            if group["params"]:
+                group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.initialize_state(p, False)
+                state = self.state[p]
+                state["exp_avg"].lerp_(p.grad, 0.1)
+                state["exp_avg_sq"].lerp_(p.grad**2, 0.01)
+                first, second = state["exp_avg"] / (1 - 0.9 ** group["step"]), state["exp_avg_sq"]
+                p.sub_(group["lr"] * first / ((second / (1 - 0.99 ** group["step"])).sqrt() + 1e-8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_whole_states_go_where_the_optimizers_own_go(dtype: torch.dtype) -> None:
+    own, ours = Part(dtype), Part(dtype)
+    step_whole_states(ours)
+    for part in (own, ours):
+        part.steps()
+    assert [group.get("step") for group in ours.optimizer.param_groups] == [3, None, 3]
+    assert ours.optimizer.gradient_scale == 1.0
+    assert not ours.optimizer.unpacked
+    for one, other in zip((*own.alone, *own.mains), (*ours.alone, *ours.mains), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    weights = [weight for weights in ours.shard_float16_groups for weight in weights]
+    for weight, main in zip(weights, ours.mains, strict=True):  # Triton's interpreter cuts off
+        torch.testing.assert_close(weight.float(), main, rtol=2**-7, atol=1e-6)
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 20))

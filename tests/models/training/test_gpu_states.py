@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from models.contract.compat_train import recipe_toml
 from models.contract.recipe import Recipe
 from models.contract.site import Site
 from models.parity.jobs import make_jobs
+from models.training import optimizer as optimizers
+from models.training.adamw_steps import step_short_states, step_whole_states
 from models.training.megatron_engine import MegatronEngine
 from models.training.parallel import stop_distributed
-from models.training.short_states import step_short_states
 from tests.models.training.engines import make_engine
 
 pytestmark = pytest.mark.gpu
@@ -132,6 +134,45 @@ def test_short_states_step_as_transformer_engine_steps_them() -> None:
         # A moment may round the other way, which the steps after it carry on.
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
         assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("model", [torch.bfloat16, torch.float16])
+def test_whole_states_step_as_transformer_engine_steps_them(model: torch.dtype) -> None:
+    module = pytest.importorskip("transformer_engine.pytorch.optimizers")
+    found = []
+    for is_own in (True, False):
+        generator = torch.Generator().manual_seed(1)
+        sizes = ((3, 5), (64, 128), (1,), (70001,))
+        weights = [torch.randn(size, generator=generator).to("cuda", model) for size in sizes]
+        mains = [weight.float() for weight in weights]
+        optimizer: Any = module.FusedAdam(mains, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        if not is_own:
+            part = SimpleNamespace(
+                optimizer=optimizer, shard_fp32_from_float16_groups=[mains], shard_float16_groups=[weights]
+            )
+            step_whole_states(part)
+        for _ in range(NUM_STEPS):
+            for main in mains:
+                main.grad = torch.randn(main.shape, generator=generator).cuda() * (0.25 if is_own else 1.0)
+            optimizer.gradient_scale = 0.25
+            optimizer.step()
+        found.append([*mains, *(state for main in mains for state in optimizer.state[main].values())])
+        assert is_own or all(torch.equal(w, m.to(model)) for w, m in zip(weights, mains, strict=True))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_training_with_whole_states_in_one_launch_is_as_with_many(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformer_engine")
+    recipe = make_recipe(precision={"dtype": "bf16"}, optimizer=OPTIMIZER)
+    engine, losses = steps(recipe)
+    assert all(part.optimizer.gradient_scale == 1.0 for part in engine.optimizer.chained_optimizers)
+    monkeypatch.setattr(optimizers, "_is_fused_adam", lambda inner: False)
+    _, expected = steps(recipe)
+    print([f"{loss / other - 1:.1e}" for loss, other in zip(losses, expected, strict=True)])  # noqa: T201 - the record
+    assert losses == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training under a parallel layout is training: losses, gradient norms and held-out losses are those of one process."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ TP = {"tensor_model_parallel_size": 2}
 SP = TP | {"sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 CP = {"context_parallel_size": 2}
-EP = {"expert_model_parallel_size": 2}
+EP = {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"}
 GATHER = EP | {"moe_token_dispatcher_type": "allgather"}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -152,3 +154,46 @@ def test_a_layout_trains_as_one_process_does(
             assert our_row["extra"] == pytest.approx(row["extra"], rel=2e-5)
     ours, theirs = (read_run_info(tmp_path / name).num_parameters for name in ("together", "alone"))
     assert ours == theirs
+
+
+@pytest.mark.slow
+def test_tokens_of_more_experts_than_ranks_are_gathered_by_default(
+    all_families: Site, trainer: Trainer, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Tiny models route a token to two experts: this one to four, on two ranks."""
+    checkpoint = tmp_path / "four-experts-a-token"
+    shutil.copytree(all_families.checkpoint("tiny-qwen3_vl_moe"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["num_experts_per_tok"] = 4
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    model, data = {"family": "qwen3_vl", "checkpoint": str(checkpoint)}, {"padding": "max_length"}
+    layouts = {"auto": {"expert_model_parallel_size": 2}, "alltoall": EP}
+    for name, parallel in layouts.items():
+        recipe = make_recipe(2, model=model, data=data, parallel=parallel)
+        trainer.run(recipe, tmp_path / name, "--stop-after", "3")
+    auto, alltoall = (read_run_info(tmp_path / name) for name in layouts)
+    assert [run.environment["kernels"] for run in (auto, alltoall)] == ["torch, gathered tokens", "torch"]
+    assert auto.recipe["parallel"]["moe_token_dispatcher_type"] == "auto"  # what was asked for
+    assert auto.recipe_sha == alltoall.recipe_sha
+    ours, theirs = (list(iter_metrics(tmp_path / name)) for name in layouts)
+    for column in COLUMNS[:2]:
+        values = [[row[column] for row in rows] for rows in (ours, theirs)]
+        np.testing.assert_allclose(*values, rtol=2e-5, err_msg=column)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [SP | {"expert_tensor_parallel_size": 1}, CP], ids=["tp2sp", "cp2"])
+def test_ranks_with_the_same_rows_gather_tokens_whatever_the_lengths_of_others(
+    layout: dict[str, Any], all_families: Site, trainer: Trainer, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Rows are padded to the longest, and two data-parallel ranks have others: experts are not shared between them."""
+    for parallel in (GATHER, EP):
+        recipe = make_recipe(4, model=MODELS["qwen3_vl_moe"], parallel=parallel | layout)
+        assert recipe.data.padding == "longest"
+        trainer.run(recipe, tmp_path / parallel["moe_token_dispatcher_type"], "--stop-after", "3")
+    kernels = read_run_info(tmp_path / "allgather").environment["kernels"]
+    assert kernels == "torch, gathered tokens"
+    ours, theirs = (list(iter_metrics(tmp_path / name)) for name in ("allgather", "alltoall"))
+    for column in COLUMNS[:2]:
+        values = [[row[column] for row in rows] for rows in (ours, theirs)]
+        np.testing.assert_allclose(*values, rtol=2e-5, err_msg=column)

@@ -297,6 +297,12 @@ def test_the_kernels_are_on_record(
     assert describe_kernels(auto, gpu) == "transformer_engine"
     grouped = make_recipe(model={"experts_backend": "grouped"})
     assert describe_kernels(grouped, gpu) == "transformer_engine, grouped experts"
+    gather: dict[str, Any] = {"moe_token_dispatcher_type": "allgather"}
+    assert describe_kernels(make_recipe(parallel=gather), cpu) == "torch"  # one rank has nothing to gather
+    gathered = make_recipe(
+        2, model={"experts_backend": "grouped"}, parallel=gather | {"expert_model_parallel_size": 2}
+    )
+    assert describe_kernels(gathered, gpu) == "transformer_engine, grouped experts, gathered tokens"
 
 
 def test_run_knows_whose_experts_it_has(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +314,22 @@ def test_run_knows_whose_experts_it_has(make_recipe: MakeRecipe, monkeypatch: py
         for sizes, device in ((experts, "cuda"), (experts, "cpu"), (dense, "cuda"))
     ]
     assert found == ["grouped", "te", "te"]
+
+
+def test_model_is_built_when_everything_that_auto_stands_for_is_known(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Recipe] = []
+
+    def build(recipe: Recipe, *_: Any, **__: Any) -> None:
+        built.append(recipe)
+        raise RunError("seen")
+
+    monkeypatch.setattr("models.training.megatron_engine.start_engine", build)
+    with pytest.raises(RunError, match="seen"):
+        train(make_recipe(), site, tmp_path / "run", PLAIN)
+    [recipe] = built
+    assert (recipe.model.experts_backend, recipe.parallel.moe_token_dispatcher_type) == ("te", "alltoall")
 
 
 def test_memory_is_planned_for_the_kernels_that_will_run(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW in one launch against torch's in fp32, whose moments are rounded to 16 bits after every step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +9,14 @@ import torch
 from torch import Tensor
 
 from models.common.kernels import adamw
-from models.common.kernels.adamw import AdamW, Weight, adamw_step, addresses_of, plan_launches
+from models.common.kernels.adamw import (
+    AdamW,
+    HalvedWeight,
+    WholeWeight,
+    adamw_step,
+    addresses_of,
+    plan_launches,
+)
 
 SIZES = ((3, 5), (8,), (40, 32), (1,), (0, 4), (33,))
 GROUP = AdamW(0.02, 0.9, 0.95, 1e-8, 0.1, 1, True)
@@ -35,29 +43,41 @@ def zeros_between(device: torch.device, dtype: torch.dtype, distance: int) -> li
 
 def make_weights(
     device: torch.device, distance: int = 0, gradient: torch.dtype = torch.float32
-) -> list[Weight]:
+) -> list[HalvedWeight]:
     bf16 = torch.bfloat16
     columns = [zeros_between(device, dtype, distance) for dtype in (bf16, gradient, bf16, bf16, torch.int16)]
-    weights = [Weight(*tensors) for tensors in zip(*columns, strict=True)]
+    return drawn([HalvedWeight(*tensors) for tensors in zip(*columns, strict=True)])
+
+
+def make_whole_weights(
+    device: torch.device, distance: int, gradient: torch.dtype, model: torch.dtype
+) -> list[WholeWeight]:
+    fp32 = torch.float32
+    columns = [zeros_between(device, dtype, distance) for dtype in (fp32, gradient, fp32, fp32)]
+    last = columns[0] if model is fp32 else zeros_between(device, model, distance)
+    return drawn([WholeWeight(*tensors) for tensors in zip(*columns, last, strict=True)])
+
+
+def drawn[Weights: list[Any]](weights: Weights) -> Weights:
     generator = torch.Generator().manual_seed(1)
     for weight in weights:
         weight.weight.copy_(torch.randn(weight.weight.shape, generator=generator))
     return weights
 
 
-def exact(weight: Weight) -> Tensor:
+def exact(weight: HalvedWeight) -> Tensor:
     """The fp32 weight of both halves, by numbers instead of bits: the lower one is signed, in units of 2^-16."""
     bits = weight.weight.view(torch.int16).to(torch.int64) * 2**16 + weight.remainder.to(torch.int64)
     return bits.to(torch.int32).view(torch.float32)
 
 
-def draw_gradients(weights: list[Weight], step: int) -> None:
+def draw_gradients(weights: Sequence[HalvedWeight | WholeWeight], step: int) -> None:
     generator = torch.Generator().manual_seed(100 + step)
     for weight in weights:
         weight.gradient.copy_(torch.randn(weight.gradient.shape, generator=generator) * 0.1)
 
 
-def by_torch(weights: list[Weight], group: AdamW) -> tuple[list[Tensor], Any]:
+def by_torch(weights: Sequence[HalvedWeight | WholeWeight], group: AdamW) -> tuple[list[Tensor], Any]:
     parameters = [weight.weight.float().requires_grad_() for weight in weights]
     return parameters, torch.optim.AdamW(
         parameters, group.lr, (group.beta1, group.beta2), group.eps, group.weight_decay, foreach=False
@@ -90,16 +110,48 @@ def test_steps_equal_torch(device: torch.device, distance: int, gradient: torch.
             parameter.data.copy_(exact(weight))
 
 
-def test_gradients_of_two_dtypes_and_places_take_launches_of_their_own(device: torch.device) -> None:
-    weights = [*make_weights(device), *make_weights(device, 1, torch.bfloat16)]
-    kinds = [(launch.gradient_dtype, launch.is_aligned) for launch in plan_launches(weights)]
-    assert len(set(kinds)) == len(kinds) == 4
+@pytest.mark.parametrize("model", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distance", [0, 1, 8])
+def test_whole_steps_equal_torch(
+    device: torch.device, distance: int, gradient: torch.dtype, model: torch.dtype
+) -> None:
+    weights = make_whole_weights(device, distance, gradient, model)
+    parameters, reference = by_torch(weights, GROUP)
+    launches = plan_launches(weights)
+    for step in range(1, NUM_STEPS + 1):
+        draw_gradients(weights, step)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.grad = 0.5 * weight.gradient.float()
+        reference.step()
+        for launch in launches:
+            adamw_step(launch, GROUP._replace(step=step, gradient_scale=0.5))
+    for parameter, weight in zip(parameters, weights, strict=True):
+        state = reference.state[parameter]
+        for name, found in (("exp_avg", weight.first_moment), ("exp_avg_sq", weight.second_moment)):
+            torch.testing.assert_close(found, state[name], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(weight.weight, parameter.detach(), rtol=1e-5, atol=1e-6)
+        if device.type == "cuda" or model is not torch.bfloat16:  # which Triton's interpreter cuts off
+            assert torch.equal(weight.model_weight, weight.weight.to(model))
+        torch.testing.assert_close(weight.model_weight.float(), weight.weight, rtol=2**-7, atol=2**-24)
+
+
+def test_each_kind_of_weight_takes_launches_of_its_own(device: torch.device) -> None:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    weights = [
+        *make_weights(device),
+        *make_weights(device, 1, bf16),
+        *make_whole_weights(device, 0, fp32, bf16),
+        *make_whole_weights(device, 0, bf16, fp32),
+    ]
+    kinds = [launch.kind for launch in plan_launches(weights)]
+    assert len(set(kinds)) == len(kinds) == 8
 
 
 def test_neighbours_of_a_weight_stay(device: torch.device) -> None:
     """Moments of ones between the tensors, where a block ends beyond its tensor."""
     columns = [torch.ones(64, dtype=dtype, device=device) for dtype in (torch.bfloat16,) * 4 + (torch.int16,)]
-    weight = Weight(*(column[8:29] for column in columns))
+    weight = HalvedWeight(*(column[8:29] for column in columns))
     for launch in plan_launches([weight]):
         adamw_step(launch, GROUP)
     for column in columns:
