@@ -262,11 +262,14 @@ def settle_offloaded(inner: HybridDeviceOptimizer) -> None:
     """Hand loaded states on to the optimizers inside, of the CPU and of the device.
 
     mcore 0.19 does not where states lie as `checkpoint.resharding = "data"` has them: the fp32 weights stayed those
-    that the model was built with, and the next step put them into the model. And it leaves the loaded `step` in the
-    outer groups, from where every step would set TransformerEngine's count back to it.
+    that the model was built with, and the next step put them into the model. What it takes for the loaded step of torch
+    AdamW is then its own, from before. And it leaves the loaded `step` in the outer groups, from where every step would
+    set TransformerEngine's count back to it.
     """
-    for group in inner.param_groups:
-        group.pop("step", None)
+    steps = [group.pop("step") for group in inner.param_groups if "step" in group]
+    for state in inner.state.values() if steps else ():
+        if "step" in state:
+            state["step"] = torch.tensor(float(steps[0]))
     inner._sync_hdo_state_to_sub_optimizers()
 
 
