@@ -84,7 +84,10 @@ def test_engines_without_a_fault_are_alike(gaps: Gaps) -> None:
         pytest.param({"optimizer": {"lr_warmup_iters": 31}}, id="warmup-one-longer"),
         pytest.param({"optimizer": {"projector_lr_mult": 1.0}}, id="rate-of-the-projector"),
         pytest.param({"train": {"loss_reduction": "per_sample"}}, id="mean-over-samples"),
-        pytest.param({"model": {"freeze": ["projector"]}}, id="frozen-projector"),
+        pytest.param(
+            {"model": {"freeze": ["projector"]}, "optimizer": {"projector_lr_mult": 1.0}},
+            id="frozen-projector",
+        ),
         pytest.param({"data": {"preprocessing": "reference"}}, id="image-normalisation"),
         pytest.param({"model": {"checkpoint": "turned"}}, id="rotary-sections"),
     ],

@@ -65,7 +65,16 @@ def device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("device_of_its_own")
-@pytest.mark.parametrize(("resharding", "share"), [("data", 0.5), ("any", 1.0)])
+@pytest.mark.parametrize(
+    ("resharding", "share"),
+    [
+        ("data", 0.5),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("data", 1.0), ("any", 0.5), ("any", 1.0))
+        ),
+    ],
+)
 def test_offloaded_run_that_goes_on_equals_the_whole_one(
     resharding: str, share: float, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
 ) -> None:
