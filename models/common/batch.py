@@ -2,6 +2,7 @@
 """What a model takes for one micro-batch. Plain tensors and counts; made by a family's ``data.py``."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -62,9 +63,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """Move to `device`, except what belongs on the CPU."""
-        moved = {
-            field.name: to_device(value, torch.device(device))
+        return self._changed(lambda tensor: to_device(tensor, torch.device(device)))
+
+    def pin_memory(self) -> Self:
+        """Copy to where a GPU reads from without a wait; torch's loaders call this in a thread beside the training."""
+        return self._changed(Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """With other tensors, except what belongs on the CPU."""
+        changed = {
+            field.name: change(value)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), Tensor) and field.name not in CPU_FIELDS
         }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **changed)

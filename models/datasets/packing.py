@@ -10,8 +10,8 @@ becomes a batch where it is made: a worker process hands over a few large tensor
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from megatron.energon import Cooker, TaskEncoder, stateless
 
@@ -34,6 +34,10 @@ class Pack:
     num_samples: int
     """Samples in `batch`."""
     rejections: tuple[Rejection, ...]
+
+    def pin_memory(self) -> Self:
+        """With a batch that a GPU can read; torch's loaders call this."""
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
 def packing_buffer_size(data: DataSection) -> int:
