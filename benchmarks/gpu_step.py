@@ -26,7 +26,6 @@ import torch
 from torch import distributed
 
 from benchmarks.host_profile import host_profile
-from benchmarks.kernel_profile import idle_table, kernel_times, profile, profile_table
 from models.common.batch import Batch
 from models.common.settings import with_token_dispatcher
 from models.contract.architecture import Architecture
@@ -38,6 +37,7 @@ from models.contract.recipe import Recipe, parse_recipe
 from models.datasets.fixed_shapes import RowShape, fixed_batch
 from models.training.cpu import cpu_megatron
 from models.training.device_rates import MatmulRate, matmul_rate
+from models.training.kernel_profile import profiled, tables
 from models.training.megatron_engine import MegatronEngine
 from models.training.parallel import Ranks, start_megatron, stop_distributed
 from models.training.processes import pick_device
@@ -124,19 +124,21 @@ def time_steps(engine: MegatronEngine, batches: list[Any], options: argparse.Nam
 
 def synchronize() -> None:
     """Wait for the device, and for every rank."""
-    distributed.barrier()
     if torch.cuda.is_available():
+        distributed.barrier(device_ids=[torch.cuda.current_device()])
         torch.cuda.synchronize()
+    else:
+        distributed.barrier()
 
 
 def profile_step(engine: MegatronEngine, batches: list[Any], options: argparse.Namespace) -> None:
     """Write what one step spends its device time on, and its CPU time; every rank steps, the first one writes."""
     is_first = engine.ranks.rank == 0
     if options.profile:
-        profiler = profile(lambda: one_step(engine, batches, options))
+        with profiled(engine.ranks.device) as profiler:
+            one_step(engine, batches, options)
         if is_first:
-            tables = (profile_table(kernel_times(profiler)), idle_table(profiler))
-            Path(options.profile).write_text("\n".join(tables), encoding="utf-8")
+            Path(options.profile).write_text(tables(profiler, engine.ranks.device), encoding="utf-8")
     if options.host_profile:
         found = host_profile(lambda: one_step(engine, batches, options))
         if is_first:

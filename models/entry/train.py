@@ -44,6 +44,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--trace", type=_iteration, metavar="ITERATION", help="record this iteration's tensors, for `diverge`"
     )
     parser.add_argument(
+        "--profile", type=_iteration, metavar="ITERATION",
+        help="write where this iteration's time goes, kernel by kernel, to profile_ITERATION.md; it takes longer",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-memory-check", action="store_true", help="try even what does not fit the device by the plan"
     )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard files")
@@ -90,6 +94,7 @@ def main() -> int:
             checks_memory=not arguments.no_memory_check,
             tensorboard=arguments.tensorboard,
             trace=arguments.trace,
+            profile=arguments.profile,
         )
         train(recipe, site, arguments.run_dir, options)
         return 0

@@ -16,6 +16,7 @@ from models.training.engine import Engine, UpdateResult, mean_auxiliary, mean_lo
 from models.training.environment import peak_memory_bytes
 from models.training.evaluation import evaluate
 from models.training.interruption import StopRequest, Watchdog
+from models.training.kernel_profile import profiled_step
 from models.training.loss import loss_denominator
 from models.training.metrics import BatchCounts, Recorder, StepTimes
 from models.training.progress import Run, save
@@ -50,21 +51,22 @@ def train_steps(run: Run, recorder: Recorder | None, stop: StopRequest, watchdog
     steps = micro_batches(run.loader, recipe.num_microbatches)
     while progress.iteration < run.last_iteration:
         watchdog.beat()
-        times = StepTimes.start()
-        batches = next(steps)
-        whole = share_batch(batches, run, stop)
-        times.lap("data")
+        with profiled_step(run):
+            times = StepTimes.start()
+            batches = next(steps)
+            whole = share_batch(batches, run, stop)
+            times.lap("data")
 
-        with traced_step(run, batches, whole.denominator):
-            sums = engine.forward_backward(
-                batches, denominator=whole.denominator, num_padded_tokens=whole.counts.num_padded_tokens
-            )
-        parts = engine.ranks.exchange((sums, peak_memory_bytes(engine.ranks.device)))
-        loss = mean_loss([sums for sums, _ in parts])
-        times.lap("forward_backward")
+            with traced_step(run, batches, whole.denominator):
+                sums = engine.forward_backward(
+                    batches, denominator=whole.denominator, num_padded_tokens=whole.counts.num_padded_tokens
+                )
+            parts = engine.ranks.exchange((sums, peak_memory_bytes(engine.ranks.device)))
+            loss = mean_loss([sums for sums, _ in parts])
+            times.lap("forward_backward")
 
-        update = guarded_update(engine, recipe, loss)
-        times.lap("optimizer")
+            update = guarded_update(engine, recipe, loss)
+            times.lap("optimizer")
 
         digest = progress.advance(recipe.train.global_batch_size, whole.keys)
         is_last = progress.iteration == recipe.train.train_iters

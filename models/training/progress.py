@@ -35,6 +35,8 @@ class TrainOptions:
     tensorboard: bool = False
     trace: int | None = None
     """Record this iteration, for a comparison with another run."""
+    profile: int | None = None
+    """Write where the time of this iteration goes."""
 
 
 @dataclass(slots=True, kw_only=True)

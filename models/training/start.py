@@ -131,7 +131,8 @@ def start_run(
         split="train", data_parallel_rank=ranks.dp_rank, data_parallel_size=ranks.dp_size,
     )  # fmt: skip
     progress = restore(recipe, directory, engine, loader, found) if found else Progress()
-    require_trace(recipe, options, progress)
+    require_taken("--trace", options.trace, recipe, options, progress)
+    require_taken("--profile", options.profile, recipe, options, progress)
     settings = recipe.checkpoint
     saver = Saver(directory, engine, keep_last=settings.keep_last, is_async=settings.async_save)
     return Run(
@@ -162,18 +163,20 @@ def require_memory(recipe: Recipe, architecture: Architecture, launcher: Launche
         require_fit(plan_training(planned, architecture, memory_gib=memory_gib, bf16_tflops=None), recipe)
 
 
-def require_trace(recipe: Recipe, options: TrainOptions, progress: Progress) -> None:
-    """Check that the iteration to record is one that this process takes.
+def require_taken(
+    name: str, asked: int | None, recipe: Recipe, options: TrainOptions, progress: Progress
+) -> None:
+    """Check that an iteration to record is one that this process takes.
 
     Raises:
         ConfigError: it is not.
     """
     first = progress.iteration + 1
     last = min(recipe.train.train_iters, options.stop_after or recipe.train.train_iters)
-    if options.trace is not None and not first <= options.trace <= last:
+    if asked is not None and not first <= asked <= last:
         raise ConfigError(
-            "the iteration to record is not taken", where="--trace", expected=f"{first} to {last}",
-            got=str(options.trace), fix="choose one of these, or start a new run",
+            "the iteration to record is not taken", where=name, expected=f"{first} to {last}",
+            got=str(asked), fix="choose one of these, or start a new run",
         )  # fmt: skip
 
 

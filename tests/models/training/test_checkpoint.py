@@ -304,14 +304,17 @@ def test_a_run_that_was_set_back_keeps_what_it_saves(
     assert rows_of(run) == before
 
 
-@pytest.mark.parametrize(("trace", "stop_after"), [(4, None), (7, None), (6, 5)])
+@pytest.mark.parametrize("option", ["trace", "profile"])
+@pytest.mark.parametrize(("iteration", "stop_after"), [(4, None), (7, None), (6, 5)])
 def test_an_iteration_to_record_that_is_not_taken_is_refused(
-    trace: int, stop_after: int | None, stopped: Any, site: Site
+    option: str, iteration: int, stop_after: int | None, stopped: Any, site: Site
 ) -> None:
     recipe, run = stopped("megatron")
     with pytest.raises(ConfigError, match="the iteration to record is not taken") as caught:
-        resume(recipe, site, run, trace=trace, stop_after=stop_after)
-    assert (caught.value.expected, caught.value.got) == (f"5 to {stop_after or 6}", str(trace))
+        resume(recipe, site, run, stop_after=stop_after, **{option: iteration})
+    error = caught.value
+    assert (error.where, error.expected) == (f"--{option}", f"5 to {stop_after or 6}")
+    assert error.got == str(iteration)
 
 
 def test_metrics_that_cannot_be_read_are_named(stopped: Any, site: Site) -> None:

@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a step goes on the device: its kernels, and what they are for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch.autograd import DeviceType
+
+from models.training.progress import Run
+from models.training.run_file import written
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("attention", ("sdpa", "flash", "fmha", "compute_dot_do_o", "convert_dq")),
-    ("matrix products", ("nvjet", "gemm", "cutlass", "cublas", "_add_weight_gradients")),
+    ("attention", ("sdpa", "scaled_dot_product", "flash", "fmha", "compute_dot_do_o", "convert_dq")),
+    (
+        "matrix products",
+        ("nvjet", "gemm", "cutlass", "cublas", "_add_weight_gradients", "::mm", "addmm", "bmm", "linearwith"),
+    ),
     ("queries and keys", ("_split_forward", "_split_backward", "rope", "rotary")),
     ("norms", ("_norm_forward", "_norm_backward", "rmsnorm", "layernorm", "layer_norm", "normalization")),
     ("MLP activation", ("gated_act", "silu", "swiglu", "gelu", "dact", "act_kernel")),
     ("loss", ("_loss_forward", "_loss_backward", "cross_entropy", "online_softmax", "element_mul")),
     ("optimizer", ("multi_tensor", "adam", "l2norm", "normtwo")),
     ("experts' routing", ("permute", "topk", "sort", "router", "scan", "row_id_map")),
-    ("communication", ("nccl",)),
+    ("communication", ("nccl", "gloo")),
+    ("waiting for data", ("dataloader",)),
     ("fp8 casts", ("cast_", "quantize", "amax")),
     ("copies", ("memcpy", "memset", "copy", "cat", "fill")),
 )
@@ -23,27 +32,50 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 REST = "other elementwise"
 
 
-def profile(step: Callable[[], object]) -> torch.profiler.profile:
-    """Run a step under torch's profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+@contextmanager
+def profiled_step(run: Run) -> Iterator[None]:
+    """Write where the time of the step that the block takes goes, if it is the one that was asked for; rank 0 does."""
+    iteration, device = run.progress.iteration + 1, run.engine.ranks.device
+    if run.options.profile != iteration or run.engine.ranks.rank:
+        yield
+        return
+    with profiled(device) as profiler:
+        yield
+    path = run.directory / f"profile_{iteration:07d}.md"
+    with written(run.directory):
+        path.write_text(f"# Iteration {iteration}\n\n{tables(profiler, device)}", encoding="utf-8")
+
+
+@contextmanager
+def profiled(device: torch.device) -> Iterator[torch.profiler.profile]:
+    """The profiler around a block, which ends with what it launched."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        step()
-        torch.cuda.synchronize()
-    return profiler
+        yield profiler
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
 
-def kernel_times(profiler: torch.profiler.profile) -> dict[str, tuple[float, int]]:
-    """Device time in ms and number of calls of every kernel."""
-    events = _on_device(profiler.key_averages())
-    return {event.key: (event.self_device_time_total / 1e3, event.count) for event in events}
+def tables(profiler: torch.profiler.profile, device: torch.device) -> str:
+    """Markdown: kernels by what they are for, each of them, and where a GPU had nothing to do."""
+    text = profile_table(kernel_times(profiler, device))
+    return f"{text}\n{idle_table(profiler)}" if device.type == "cuda" else text
+
+
+def kernel_times(profiler: torch.profiler.profile, device: torch.device) -> dict[str, tuple[float, int]]:
+    """Time in ms and number of calls of every kernel; on a CPU of every operator, without those it calls."""
+    if device.type == "cuda":
+        events = _on_device(profiler.key_averages())
+        return {event.key: (event.self_device_time_total / 1e3, event.count) for event in events}
+    return {event.key: (event.self_cpu_time_total / 1e3, event.count) for event in profiler.key_averages()}
 
 
 def _on_device(events: Iterable[Any]) -> list[Any]:
     """Kernels and copies, without annotations."""
     return [
-        event
-        for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
 
 
