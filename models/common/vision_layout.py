@@ -2,10 +2,13 @@
 """Where every patch sits, and which patches attend to each other. Computed on the CPU from `grid_thw` alone.
 
 Patches come in HF's order: frame by frame, merge block by merge block, m*m patches in each block. Loops go over
-items, never over patches.
+items, never over patches. What hangs on the size of a frame alone is kept: pictures of a dataset have few sizes, and a
+GPU waits for the layout at the start of every step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,8 @@ from models.contract.architecture import VisionArchitecture
 from models.contract.errors import ShapeError
 
 Ints = npt.NDArray[np.int64]
+NUM_SIZES = 256
+"""Sizes of frames that are kept, 64 bytes a patch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,13 @@ def vision_layout(grid_thw: npt.NDArray[np.int64], vision: VisionArchitecture) -
     grids: list[tuple[int, int, int]] = [tuple(row) for row in grid_thw.tolist()]
     _check_grids(grids, vision.spatial_merge_size)
     merge = vision.spatial_merge_size
-    places = np.concatenate([_rows_and_columns(grid, merge) for grid in grids])
+    places = _of_frames([_rows_and_columns(height, width, merge) for _, height, width in grids], grids)
     frame_lengths = np.repeat(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
     index = weight = None
     if vision.num_position_embeddings is not None:
         side = round(vision.num_position_embeddings**0.5)
-        tables = [_table(grid, merge, side) for grid in grids]
-        index, weight = (np.concatenate(part) for part in zip(*tables, strict=True))
+        tables = [_table(height, width, merge, side) for _, height, width in grids]
+        index, weight = (_of_frames(part, grids) for part in zip(*tables, strict=True))
     if vision.window_size is None:
         return VisionLayout(None, None, places, frame_lengths, None, index, weight)
     window = vision.window_size // vision.patch_size // merge
@@ -91,22 +96,35 @@ def _block_order(values: npt.NDArray, merge: int) -> npt.NDArray:
     return blocks.swapaxes(1, 2).reshape(height * width, *rest)
 
 
-def _rows_and_columns(grid: tuple[int, int, int], merge: int) -> Ints:
-    frames, height, width = grid
+def _of_frames(parts: Sequence[npt.NDArray], grids: list[tuple[int, int, int]]) -> npt.NDArray:
+    """Those of all frames, one item's behind another's, from one frame's of every item."""
+    return np.concatenate(
+        [part for part, (frames, _, _) in zip(parts, grids, strict=True) for _ in range(frames)]
+    )
+
+
+@lru_cache(NUM_SIZES)
+def _rows_and_columns(height: int, width: int, merge: int) -> Ints:
     places = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
-    return np.tile(_block_order(places, merge), (frames, 1))
+    return _kept(_block_order(places, merge))
 
 
-def _table(grid: tuple[int, int, int], merge: int, side: int) -> tuple[Ints, npt.NDArray[np.float32]]:
-    """Entries and weights that stretch a side x side table over the grid, corners on corners."""
-    frames, height, width = grid
+@lru_cache(NUM_SIZES)
+def _table(height: int, width: int, merge: int, side: int) -> tuple[Ints, npt.NDArray[np.float32]]:
+    """Entries and weights that stretch a side x side table over a frame, corners on corners."""
     row_taps, row_weights = _taps(height, side)
     column_taps, column_weights = _taps(width, side)
     index = row_taps[:, None, :, None] * side + column_taps[None, :, None, :]  # [h, w, 2, 2]
     weight = row_weights[:, None, :, None] * column_weights[None, :, None, :]
     return tuple(  # type: ignore[return-value]
-        np.tile(_block_order(part.reshape(height, width, 4), merge), (frames, 1)) for part in (index, weight)
+        _kept(_block_order(part.reshape(height, width, 4), merge)) for part in (index, weight)
     )
+
+
+def _kept[Values: npt.NDArray](values: Values) -> Values:
+    """For everybody, and so for nobody to write to."""
+    values.flags.writeable = False
+    return values
 
 
 def _taps(size: int, side: int) -> tuple[Ints, npt.NDArray[np.float32]]:
@@ -124,14 +142,17 @@ def _window_order(grids: list[tuple[int, int, int]], merge: int, window: int) ->
     """
     orders, lengths, start = [], [], 0
     for frames, height, width in grids:
-        rows, columns = height // merge, width // merge
-        windows_down, windows_across = -(-rows // window), -(-columns // window)
-        window_of = (np.arange(rows) // window)[:, None] * windows_across + np.arange(columns) // window
-        frame = np.argsort(window_of, axis=None, kind="stable")
-        size = rows * columns
-        orders.append((start + np.arange(frames)[:, None] * size + frame).ravel())
-        lengths.append(
-            np.tile(np.bincount(window_of.ravel(), minlength=windows_down * windows_across), frames)
-        )
-        start += frames * size
+        frame, counts = _windows_of_frame(height // merge, width // merge, window)
+        orders.append((start + np.arange(frames)[:, None] * len(frame) + frame).ravel())
+        lengths.append(np.tile(counts, frames))
+        start += frames * len(frame)
     return np.concatenate(orders), np.concatenate(lengths)
+
+
+@lru_cache(NUM_SIZES)
+def _windows_of_frame(rows: int, columns: int, window: int) -> tuple[Ints, Ints]:
+    """Blocks of a frame in the order of its windows, and how many each window has."""
+    windows_down, windows_across = -(-rows // window), -(-columns // window)
+    window_of = (np.arange(rows) // window)[:, None] * windows_across + np.arange(columns) // window
+    order = np.argsort(window_of, axis=None, kind="stable")
+    return _kept(order), _kept(np.bincount(window_of.ravel(), minlength=windows_down * windows_across))

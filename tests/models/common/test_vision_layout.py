@@ -13,7 +13,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from models.common.vision_layout import vision_layout
+from models.common.vision_layout import VisionLayout, vision_layout
 from models.contract.architecture import VisionArchitecture
 from models.contract.errors import ShapeError
 
@@ -70,3 +70,21 @@ def test_table_equals_transformers(grids: list[list[int]]) -> None:
 def test_impossible_grid_names_the_item(grid: list[int]) -> None:
     with pytest.raises(ShapeError, match="item 1 of the micro-batch"):
         vision_layout(np.array([[1, 4, 4], grid]), VISION)
+
+
+@pytest.mark.parametrize("vision", [TABLE, dataclasses.replace(TABLE, window_size=112)])
+@pytest.mark.parametrize("items", [[[1, 8, 12]], [[1, 8, 12], [3, 4, 4], [1, 8, 12]]])
+def test_nobody_writes_to_what_is_kept_for_the_next_layout(
+    vision: VisionArchitecture, items: list[list[int]]
+) -> None:
+    grids = np.array(items)
+    names = [field.name for field in dataclasses.fields(VisionLayout)]
+    before = {name: getattr(vision_layout(grids, vision), name) for name in names}
+    kept = {name: None if part is None else part.copy() for name, part in before.items()}
+    for part in before.values():
+        if part is not None:
+            part[:] = 0
+    for name, part in kept.items():
+        found = getattr(vision_layout(grids, vision), name)
+        assert (found is None) == (part is None)
+        assert part is None or np.array_equal(found, part), name
