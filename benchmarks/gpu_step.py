@@ -46,15 +46,15 @@ SUSTAINED_SECONDS = 8.0
 """After the first tenths of a second a GPU at its power limit lowers its clock: an H200 from 780 to 670 TFLOP/s."""
 
 
-def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Recipe:
+def make_recipe(options: argparse.Namespace, world_size: int, architecture: Architecture) -> Recipe:
     """Recipe of the benchmark: fixed shapes, one micro-batch row a process."""
     data_parallel = world_size // (options.tp * options.pp * options.cp)
-    return parse_recipe(
+    recipe = parse_recipe(
         {
             "name": "gpu-step",
             "num_processes": world_size,
             "model": {
-                "family": family,
+                "family": architecture.family,
                 "checkpoint": options.model,
                 "init": "random",
                 "attention_backend": options.backend,
@@ -99,6 +99,7 @@ def make_recipe(options: argparse.Namespace, world_size: int, family: str) -> Re
         },
         where="benchmarks/gpu_step.py",
     )
+    return with_token_dispatcher(recipe, architecture)
 
 
 def one_step(engine: MegatronEngine, batches: list[Any], options: argparse.Namespace) -> None:
@@ -256,9 +257,7 @@ def run_case(options: argparse.Namespace, ceiling: MatmulRate | None) -> None:
         architecture = dataclasses.replace(architecture, vision=vision)
     architecture = cut_layers(architecture, options.num_layers)
     launcher = read_launcher_environment()
-    recipe = with_token_dispatcher(
-        make_recipe(options, launcher.world_size, architecture.family), architecture
-    )
+    recipe = make_recipe(options, launcher.world_size, architecture)
     ranks = start_megatron(recipe, launcher, timeout_s=300)
     try:
         engine = MegatronEngine(recipe, architecture, ranks, ())

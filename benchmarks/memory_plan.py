@@ -22,7 +22,6 @@ import torch
 from torch import distributed
 
 from benchmarks.gpu_step import case_parser, cut_layers, make_batches, make_recipe, one_step, synchronize
-from models.common.settings import with_token_dispatcher
 from models.contract.families import published_architecture
 from models.contract.launcher import read_launcher_environment
 from models.contract.memory import GIB, estimate_memory
@@ -57,9 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     """Plan one case and take three steps of it; the row on rank 0, None elsewhere."""
     architecture = cut_layers(published_architecture(options.model), options.num_layers)
     launcher = read_launcher_environment()
-    recipe = with_token_dispatcher(
-        make_recipe(options, launcher.world_size, architecture.family), architecture
-    )
+    recipe = make_recipe(options, launcher.world_size, architecture)
     plan = estimate_memory(recipe, architecture)
     ranks = start_megatron(recipe, launcher, timeout_s=300)
     try:

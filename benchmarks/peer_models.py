@@ -176,7 +176,7 @@ def time_side(side: str, case: PeerCase) -> dict[str, Any]:
 
     hf_config = case.hf_config()
     architecture = architecture_from_hf(hf_config)
-    recipe = make_recipe(case_parser().parse_args(["--model", case.model]), 1, architecture.family)
+    recipe = make_recipe(case_parser().parse_args(["--model", case.model]), 1, architecture)
     start_megatron(recipe, read_launcher_environment(), timeout_s=300)
     try:
         return _time(side, hf_config, make_batch(hf_config, case).to("cuda"))

@@ -215,7 +215,7 @@ def load_policy(path: Path = POLICY_FILE) -> Policy:
 def check_margin(
     name: str, margin: float, minimum_detectable_change: float, *, where: str, otherwise: str = ""
 ) -> None:
-    """Refuse a margin that the noise does not let anybody test; `otherwise` is what can be done besides.
+    """Refuse a margin that the noise does not let anybody test; `otherwise` ends how to fix it.
 
     Raises:
         ConfigError: the margin is below the minimum detectable change.
@@ -227,9 +227,5 @@ def check_margin(
             where=where,
             expected=f"a margin for {name} of at least {minimum_detectable_change:.2%}",
             got=f"{margin:.2%}",
-            fix=", or ".join(
-                filter(
-                    None, ("record more runs for the baseline", "widen the margin in the policy", otherwise)
-                )
-            ),
+            fix=f"record more runs for the baseline, or widen the margin in the policy{otherwise}",
         )

@@ -20,7 +20,7 @@ from models.contract.recipe import parse_recipe
 if TYPE_CHECKING:
     from harness.policy import Policy
 
-REPORT_ONLY = "let the baseline judge the loss alone: `--report-only throughput`"
+REPORT_ONLY = ", or let the baseline judge the loss alone: `--report-only throughput`"
 """What else helps where launches differ too much, as they do between hosts."""
 
 
@@ -44,10 +44,11 @@ def lint(directory: Path, policy: Policy, *, now: str) -> list[str]:
 
 
 def check_margins(baseline: Baseline, policy: Policy) -> None:
-    """Refuse a baseline whose noise does not let the policy's margins be tested.
+    """Refuse a baseline whose noise does not let the policy's margins be tested, or that does not test what it could.
 
     Raises:
         ConfigError: a margin is below the minimum detectable change.
+        BaselineError: throughput is reported only, though a change of the margin could be detected.
     """
     noise = baseline.calibration
     if noise is None:
@@ -58,25 +59,15 @@ def check_margins(baseline: Baseline, policy: Policy) -> None:
             "end-window loss", policy.end_window.margin, noise.loss_minimum_detectable_change, where=where
         )
     detectable = noise.step_time_minimum_detectable_change
-    if detectable is not None and judges_throughput(baseline, policy):
-        margin = -policy.throughput.limits(baseline.key.hardware).fail
-        check_margin("throughput", margin, detectable, where=where, otherwise=REPORT_ONLY)
-
-
-def check_report_only(baseline: Baseline, policy: Policy) -> None:
-    """Refuse a baseline that does not judge what its launches let it judge.
-
-    Raises:
-        BaselineError: changes below the policy's margin can be seen.
-    """
-    if "throughput" not in baseline.report_only:
+    if detectable is None:
         return
-    detectable = baseline.calibration and baseline.calibration.step_time_minimum_detectable_change
     margin = -policy.throughput.limits(baseline.key.hardware).fail
-    if detectable is not None and detectable <= margin:
+    if judges_throughput(baseline, policy):
+        check_margin("throughput", margin, detectable, where=where, otherwise=REPORT_ONLY)
+    elif "throughput" in baseline.report_only and detectable <= margin:
         raise BaselineError(
             "these launches are calm enough to judge throughput",
-            where=f"{baseline.key.suite}/{baseline.key.case} on {baseline.key.hardware}",
+            where=where,
             expected=f"a minimum detectable change above the margin of {margin:.1%}",
             got=f"{detectable:.1%}",
             fix="propose them without --report-only throughput",

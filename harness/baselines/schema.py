@@ -24,8 +24,8 @@ ID_HEX_DIGITS = 16
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 STORED_COLUMNS = (*NUMBER_COLUMNS, REPORTED_TFLOPS, REPORTED_TOKENS)
 REASONS = ("new-hw", "stack-bump", "recipe-change", "bugfix", "improvement", "first")
-JudgedGate = Literal["throughput"]
 Reason = Literal["new-hw", "stack-bump", "recipe-change", "bugfix", "improvement", "first"]
+JudgedGate = Literal["throughput"]
 
 
 class BaselineKey(BaseModel):

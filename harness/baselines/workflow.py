@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.baselines.checks import check_margins, check_ratchet, check_report_only
+from harness.baselines.checks import check_margins, check_ratchet
 from harness.baselines.review import change_text
 from harness.baselines.schema import (
     REASONS,
@@ -98,7 +98,6 @@ def propose(
             chain["anchor_id"] = old.anchor
     baseline = baseline_of_records(records, key=key, policy=policy, created_at=created_at, chain=chain)
     check_margins(baseline, policy)
-    check_report_only(baseline, policy)
     change = change_text(old, baseline)
     path = directory / CANDIDATES / key.hardware / suite / f"{case}.{baseline.baseline_id}.json"
     write_baseline(baseline, path)

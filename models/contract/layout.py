@@ -59,9 +59,7 @@ def sequence_multiple(recipe: Recipe) -> int:
 
 def expert_ranks(recipe: Recipe) -> int:
     """Ranks that share the experts of a layer, and send each other tokens."""
-    parallel = recipe.parallel
-    etp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
-    return etp * parallel.expert_model_parallel_size
+    return recipe.parallel.expert_tensor_size * recipe.parallel.expert_model_parallel_size
 
 
 def has_equal_shares(recipe: Recipe) -> bool:
@@ -240,7 +238,7 @@ def _experts(architecture: Architecture, recipe: Recipe) -> Iterator[LayoutProbl
             got="num_experts_per_tok = 1", fix="choose a checkpoint that routes to two experts or more",
         )  # fmt: skip
     yield from _divides(ep, moe.num_experts, "the number of experts", "parallel.expert_model_parallel_size")
-    tensor = etp or parallel.tensor_model_parallel_size
+    tensor = parallel.expert_tensor_size
     yield from _divides(
         tensor, moe.ffn_hidden_size, "an expert's ffn_hidden_size", "parallel.expert_tensor_parallel_size"
     )

@@ -84,7 +84,7 @@ def estimate_memory(recipe: Recipe, architecture: Architecture) -> MemoryEstimat
     counts = count_parameters(architecture, num_layers=recipe.model.num_layers)
     parallel, precision, optimizer = recipe.parallel, recipe.precision, recipe.optimizer
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    etp = parallel.expert_tensor_parallel_size or tp
+    etp = parallel.expert_tensor_size
     experts = counts.experts / pp / (parallel.expert_model_parallel_size * etp)
     tables = (
         counts.embedding

@@ -140,6 +140,11 @@ class ParallelSection(BaseModel):
     overlap_param_gather: bool = False
 
     @property
+    def expert_tensor_size(self) -> int:
+        """Ranks over which an expert is cut: as many as for other layers where nothing is said."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
     def model_parallel_size(self) -> int:
         """Processes that hold one copy of the model, context parallel included."""
         return (
@@ -242,9 +247,8 @@ class Recipe(BaseModel):
             data["data"].pop("fixed_shapes")
         if self.model.experts_backend != "grouped":  # `te` was the default before `auto` was
             data["model"].pop("experts_backend")
-        if (
-            self.parallel.moe_token_dispatcher_type != "allgather"
-        ):  # `alltoall` was the default before `auto` was
+        # `alltoall` was the default before `auto` was.
+        if self.parallel.moe_token_dispatcher_type != "allgather":
             data["parallel"].pop("moe_token_dispatcher_type")
         return data
 

@@ -128,7 +128,7 @@ def _optimizer(recipe: Recipe) -> Iterator[LayoutProblem]:
 def grouped_experts_obstacles(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """Settings with which experts do not run in one launch: what each is, and what it would have to be."""
     parallel, precision, engine = recipe.parallel, recipe.precision, recipe.train.engine
-    etp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    etp = parallel.expert_tensor_size
     without = {
         "train.engine": (engine != "megatron", engine, "use engine = 'megatron'"),
         "model.attention_backend": (recipe.model.attention_backend == "torch", "torch", "use 'te' or 'auto'"),

@@ -267,8 +267,8 @@ def settle_offloaded(inner: HybridDeviceOptimizer) -> None:
     set TransformerEngine's count back to it.
     """
     steps = [group.pop("step") for group in inner.param_groups if "step" in group]
-    for state in inner.state.values() if steps else ():
-        if "step" in state:
+    if steps:
+        for state in inner.state.values():
             state["step"] = torch.tensor(float(steps[0]))
     inner._sync_hdo_state_to_sub_optimizers()
 

@@ -158,11 +158,13 @@ def test_side_that_fails_costs_the_others_nothing_and_starts_anew(capfd: pytest.
 def megatron() -> Iterator[None]:
     """One gloo process with megatron-core's groups, as the benchmark starts them, on the CPU."""
     from benchmarks.gpu_step import case_parser, make_recipe
+    from models.contract.families import published_architecture
     from models.contract.launcher import read_launcher_environment
     from models.training.cpu import cpu_megatron
     from models.training.parallel import start_megatron, stop_distributed
 
-    recipe = make_recipe(case_parser().parse_args([]), 1, "qwen2_5_vl")
+    options = case_parser().parse_args([])
+    recipe = make_recipe(options, 1, published_architecture(options.model))
     with cpu_megatron():
         start_megatron(recipe, read_launcher_environment({}), timeout_s=60)
         yield

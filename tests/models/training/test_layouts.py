@@ -175,10 +175,7 @@ def test_tokens_of_more_experts_than_ranks_are_gathered_by_default(
     assert [run.environment["kernels"] for run in (auto, alltoall)] == ["torch, gathered tokens", "torch"]
     assert auto.recipe["parallel"]["moe_token_dispatcher_type"] == "auto"  # what was asked for
     assert auto.recipe_sha == alltoall.recipe_sha
-    ours, theirs = (list(iter_metrics(tmp_path / name)) for name in layouts)
-    for column in COLUMNS[:2]:
-        values = [[row[column] for row in rows] for rows in (ours, theirs)]
-        np.testing.assert_allclose(*values, rtol=2e-5, err_msg=column)
+    assert_alike(*(tmp_path / name for name in layouts))
 
 
 @pytest.mark.slow
@@ -193,7 +190,12 @@ def test_ranks_with_the_same_rows_gather_tokens_whatever_the_lengths_of_others(
         trainer.run(recipe, tmp_path / parallel["moe_token_dispatcher_type"], "--stop-after", "3")
     kernels = read_run_info(tmp_path / "allgather").environment["kernels"]
     assert kernels == "torch, gathered tokens"
-    ours, theirs = (list(iter_metrics(tmp_path / name)) for name in ("allgather", "alltoall"))
+    assert_alike(*(tmp_path / name for name in ("allgather", "alltoall")))
+
+
+def assert_alike(*runs: Path) -> None:
+    """Losses and gradient norms of two runs."""
+    found = [list(iter_metrics(run)) for run in runs]
     for column in COLUMNS[:2]:
-        values = [[row[column] for row in rows] for rows in (ours, theirs)]
+        values = [[row[column] for row in rows] for rows in found]
         np.testing.assert_allclose(*values, rtol=2e-5, err_msg=column)
