@@ -170,6 +170,7 @@ def summarise(
         "world_size": world_size,
         "step_time_ms": round(step_time_ms, 2),
         "spread_ms": round(max(times) - min(times), 2),
+        "step_times_ms": [round(time) for time in times],
         "padded_tokens_per_second_per_gpu": round(
             rows * options.seq_length / step_time_ms * 1e3 / world_size, 1
         ),
