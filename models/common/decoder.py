@@ -18,6 +18,7 @@ from models.common.rope import MultimodalRope
 from models.common.settings import ModelSettings
 from models.common.specs import final_norm, layer_spec
 from models.common.transformer_configs import is_fused
+from models.common.vocabulary import deliver_gradients
 from models.contract.architecture import TextArchitecture
 
 
@@ -133,6 +134,7 @@ def build_decoder(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    deliver_gradients(model)
     model.rotary_pos_emb = MultimodalRope(
         text.kv_channels, text.rotary_base, text.mrope_section, interleaved=text.mrope_interleaved
     )

@@ -170,8 +170,9 @@ def _te_layer(
 
     from models.common.fused_layers import FusedSelfAttention, residual_norm_of
 
-    # A norm inside TransformerEngine's linear layer puts out fp8 at once; in bf16 our own one is faster.
-    has_own_norm = config.fp8 is None
+    # A norm inside TransformerEngine's linear layer puts out fp8 at once where scales are known beforehand; where they
+    # are taken from what it puts out, as in bf16, our own one is faster.
+    has_own_norm = config.fp8 is None or config.fp8_recipe in ("tensorwise", "blockwise")
     norm: Any = (
         residual_norm_of(config) if has_own_norm else IdentityOp
     )  # puts out a pair, which the layer knows

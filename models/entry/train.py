@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from models.contract.driver import set_driver_defaults
 from models.contract.errors import HarnessError
 from models.contract.launcher import read_launcher_environment
 from models.contract.recipe import load_recipe
@@ -71,6 +72,7 @@ def _seconds(text: str) -> float:
 def main() -> int:
     """Run; errors that a person can act on end in their own text, without a traceback."""
     arguments = parse_arguments()
+    set_driver_defaults()
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(
         level=logging.INFO if rank == "0" else logging.WARNING,

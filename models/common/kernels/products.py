@@ -54,6 +54,43 @@ def weight_gradient(weight: Tensor, d_out: Tensor, rows: Tensor) -> Tensor | Non
     return _delivered(weight)
 
 
+def table_gradient(weight: Tensor, ids: Tensor, d_rows: Tensor) -> Tensor | None:
+    """Gradient of a table [v, h] from those of the rows [t, h] that were taken from it, as :func:`weight_gradient`.
+
+    Only rows that were taken are written: those of one id are summed first, so that it is the same sum each time.
+
+    Args:
+        weight: The table, [v, h].
+        ids: Which row was taken, [t] int64.
+        d_rows: Gradient of each row taken, [t, h].
+    """
+    if not weight.requires_grad:
+        return None
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        return torch.ops.aten.embedding_dense_backward(d_rows, ids, len(weight), -1, False)
+    ranks, rows = _distinct(ids, len(weight))
+    sums = torch.ops.aten.embedding_dense_backward(d_rows.to(main_grad.dtype), ranks, len(rows), -1, False)
+    main_grad.index_add_(0, rows, sums)
+    return _delivered(weight)
+
+
+def _distinct(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Number the distinct ids in their order, without telling the CPU how many there are.
+
+    Args:
+        ids: [t] int64.
+        num_rows: All ids are below.
+
+    Returns: The number of each id's kind [t], and the id of each kind, [min(t, num_rows)]: behind the last one
+    come rows that get zeros added, each another one.
+    """
+    in_order, order = ids.sort()
+    numbers = F.pad((in_order[1:] != in_order[:-1]).cumsum(0), (1, 0)) if len(ids) else ids
+    kinds = torch.arange(min(len(ids), num_rows), device=ids.device).scatter_(0, numbers, in_order)
+    return torch.empty_like(ids).scatter_(0, order, numbers), kinds
+
+
 def vector_gradients(
     vectors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
