@@ -129,7 +129,7 @@ def test_layouts_scale_as_one_process_does(
     changes: dict[str, Any] = {
         "model": {"family": model.removesuffix("_moe"), "checkpoint": f"tiny-{model}"},
         "data": {"padding": "max_length"}, "precision": {"dtype": "fp16"}, "optimizer": OPTIMIZER,
-        "train": {"train_iters": 8},  # a step more, and experts have parted by 1.1e-3: what fp16 rounds adds up
+        "train": {"train_iters": 8},  # one more, and rounding has driven experts 1.1e-3 apart
     }  # fmt: skip
     one = run(make_recipe(**changes), all_families, tmp_path / "one", rows_of)
     for name, (num_processes, parallel) in layouts.items():
