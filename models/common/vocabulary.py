@@ -28,12 +28,13 @@ class TokenTable(VocabParallelEmbedding):
 
     def forward(self, input_: Tensor) -> Tensor:
         """[b, s] int64 -> [b, s, h]."""
-        if self.tp_group.size() == 1:
+        group: Any = self.tp_group
+        if group.size() == 1:
             return cast(Tensor, _Lookup.apply(input_, self.weight))
         is_here = (input_ >= self.vocab_start_index) & (input_ < self.vocab_end_index)
         ids = (input_ - self.vocab_start_index).masked_fill(~is_here, 0)
         found = cast(Tensor, _Lookup.apply(ids, self.weight)) * is_here[..., None]
-        return reduce_from_tensor_model_parallel_region(found, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(found, group=group)
 
 
 class OutputLayer(ColumnParallelLinear):
