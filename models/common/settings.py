@@ -99,6 +99,13 @@ def resolve_experts_backend(recipe: Recipe, device: str) -> ExpertsBackend:
     return name
 
 
+def with_experts_backend(recipe: Recipe, architecture: Architecture, device: str) -> Recipe:
+    """The recipe with the backend in the place of `auto`: its checkpoints may not fit another one."""
+    backend = "te" if architecture.text.moe is None else resolve_experts_backend(recipe, device)
+    model = recipe.model.model_copy(update={"experts_backend": backend})
+    return recipe.model_copy(update={"model": model})
+
+
 def resolve_token_dispatcher(recipe: Recipe, architecture: Architecture) -> TokenDispatcherType:
     """Turn `auto` into a dispatcher: `allgather` where it has less to send and nothing stands against it.
 
@@ -106,9 +113,11 @@ def resolve_token_dispatcher(recipe: Recipe, architecture: Architecture) -> Toke
     k (n - 1) / n. Experts in fp8 pad their rows, and have not been tried with it.
     """
     name, moe = recipe.parallel.moe_token_dispatcher_type, architecture.text.moe
+    if moe is None:
+        return "alltoall"  # nothing to send; what a recipe names takes no effect, nor do reports say it
     if name != "auto":
         return name
-    has_less_to_send = moe is not None and 1 < expert_ranks(recipe) < moe.topk
+    has_less_to_send = 1 < expert_ranks(recipe) < moe.topk
     can_gather = (
         recipe.train.engine == "megatron" and recipe.precision.fp8 is None and has_equal_shares(recipe)
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from models.common.settings import (
     resolve_attention_backend,
-    resolve_experts_backend,
+    with_experts_backend,
     with_token_dispatcher,
 )
 from models.contract.architecture import Architecture
@@ -139,13 +139,6 @@ def start_run(
         recipe=recipe, site=site, architecture=architecture, directory=directory, options=options,
         engine=engine, loader=loader, progress=progress, saver=saver,
     )  # fmt: skip
-
-
-def with_experts_backend(recipe: Recipe, architecture: Architecture, device: str) -> Recipe:
-    """The recipe with the backend in the place of `auto`: its checkpoints may not fit another one."""
-    backend = "te" if architecture.text.moe is None else resolve_experts_backend(recipe, device)
-    model = recipe.model.model_copy(update={"experts_backend": backend})
-    return recipe.model_copy(update={"model": model})
 
 
 def require_memory(recipe: Recipe, architecture: Architecture, launcher: LauncherEnvironment) -> None:

@@ -10,6 +10,7 @@ from models.common.settings import (
     resolve_experts_backend,
     resolve_token_dispatcher,
     settings_from_recipe,
+    with_experts_backend,
     with_token_dispatcher,
 )
 from models.contract.errors import ConfigError
@@ -127,9 +128,22 @@ def test_auto_gathers_tokens_where_that_sends_less_and_all_have_as_many(
         assert resolve_token_dispatcher(chosen, architecture) == named
 
 
-def test_tokens_of_a_dense_model_go_nowhere() -> None:
+@pytest.mark.parametrize("named", ["auto", "allgather"])
+def test_tokens_of_a_dense_model_go_nowhere(named: str) -> None:
     dense = published_architecture("qwen3_vl_8b")
-    assert resolve_token_dispatcher(recipe(8, parallel=TP4), dense) == "alltoall"
+    given = recipe(8, parallel=TP4 | {"moe_token_dispatcher_type": named})
+    assert resolve_token_dispatcher(given, dense) == "alltoall"
+
+
+def test_run_knows_whose_experts_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    auto = recipe(1, model={"attention_backend": "auto"}, precision={"dtype": "bf16"})
+    experts, dense = (published_architecture(name) for name in ("qwen3_vl_30b_a3b", "qwen3_vl_8b"))
+    found = [
+        with_experts_backend(auto, sizes, device).model.experts_backend
+        for sizes, device in ((experts, "cuda"), (experts, "cpu"), (dense, "cuda"))
+    ]
+    assert found == ["grouped", "te", "te"]
 
 
 def test_settings_have_the_dispatcher_that_was_resolved_or_the_one_that_works_everywhere() -> None:

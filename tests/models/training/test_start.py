@@ -22,7 +22,7 @@ from models.training import start
 from models.training.checkpoint import FOLDER, TRACKER_FILE
 from models.training.environment import describe_kernels
 from models.training.progress import TrainOptions
-from models.training.start import train, with_experts_backend
+from models.training.start import train
 
 MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
@@ -303,17 +303,6 @@ def test_the_kernels_are_on_record(
         2, model={"experts_backend": "grouped"}, parallel=gather | {"expert_model_parallel_size": 2}
     )
     assert describe_kernels(gathered, gpu) == "transformer_engine, grouped experts, gathered tokens"
-
-
-def test_run_knows_whose_experts_it_has(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
-    auto = make_recipe(model={"attention_backend": "auto"}, precision={"dtype": "bf16"})
-    experts, dense = (published_architecture(name) for name in ("qwen3_vl_30b_a3b", "qwen3_vl_8b"))
-    found = [
-        with_experts_backend(auto, sizes, device).model.experts_backend
-        for sizes, device in ((experts, "cuda"), (experts, "cpu"), (dense, "cuda"))
-    ]
-    assert found == ["grouped", "te", "te"]
 
 
 def test_model_is_built_when_everything_that_auto_stands_for_is_known(
