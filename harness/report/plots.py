@@ -15,6 +15,7 @@ from html import escape
 WIDE = (760, 270)
 NARROW = (360, 240)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 34
+_TEXT_HEIGHT = 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,13 +178,22 @@ def _line_svg(
     ]
     parts.append(_axes(scale, x_label, y_label, percent))
     parts += [_band(scale, band, columns) for band in bands]
-    parts += [
-        f'<path class="level" d="M{_LEFT} {scale.y(level.y):.1f}H{size[0] - _RIGHT}"/>'
-        + (_text(size[0] - _RIGHT - 2, scale.y(level.y) - 3, level.label, "end") if level.label else "")
-        for level in levels
-    ]
+    parts += _levels(scale, levels)
     parts += [_curve(scale, line, columns) for line in lines]
     return "".join(parts)
+
+
+def _levels(scale: "_Scale", levels: Sequence[Level]) -> list[str]:
+    """Lines across, their labels above them; below, where another label would be written over."""
+    parts, lowest_label = [], -math.inf
+    for level in sorted(levels, key=lambda level: level.y, reverse=True):
+        line, right = scale.y(level.y), scale.size[0] - _RIGHT
+        parts.append(f'<path class="level" d="M{_LEFT} {line:.1f}H{right}"/>')
+        if level.label:
+            label = line - 3 if line - 3 - lowest_label > _TEXT_HEIGHT else line + _TEXT_HEIGHT
+            lowest_label = label
+            parts.append(_text(right - 2, label, level.label, "end"))
+    return parts
 
 
 class _Scale:

@@ -13,7 +13,7 @@ from harness.report.build import build_report, find_controls
 from harness.report.ci import announce, github_annotations
 from harness.report.collect import collect, read_tests
 from harness.report.numbers import end_loss, throughput
-from harness.report.plots import Line, effect_bar, line_chart, thin, ticks
+from harness.report.plots import Level, Line, effect_bar, line_chart, thin, ticks
 from harness.report.strings import LANGUAGES, texts
 from harness.verdict import GateResult, Verdict
 from models.contract.errors import RunError
@@ -280,6 +280,21 @@ def test_single_point_is_drawn() -> None:
         [Line(x=list(range(50)), y=[1.0] * 50, style="run", label="a")], title="t", x_label="x", y_label="y"
     )
     assert "<circle" not in many
+
+
+@pytest.mark.parametrize("reach", [0.04, 1.5], ids=["far-apart", "close"])
+def test_labels_of_margins_are_not_written_over_each_other(reach: float) -> None:
+    chart = line_chart(
+        [Line(x=[0.0, 1.0], y=[-reach, reach], style="run", label="")],
+        levels=[Level(y=-0.05, label="-5.0%"), Level(y=0.05, label="+5.0%")],
+        title="t", x_label="x", y_label="y",
+    )  # fmt: skip
+    for drawing in str(chart).split("<svg")[1:]:
+        low, high = (
+            float(re.findall(rf'y="([\d.]+)" text-anchor="end">{re.escape(label)}<', drawing)[0])
+            for label in ("-5.0%", "+5.0%")
+        )
+        assert low - high > 10
 
 
 def test_margin_that_is_open_below_does_not_hide_the_effect() -> None:
