@@ -21,6 +21,7 @@ from torch import Tensor
 from models.common.batch import Batch
 from models.common.settings import settings_from_recipe
 from models.contract.architecture import Architecture
+from models.contract.errors import ConfigError
 from models.contract.families import family_part
 from models.contract.launcher import LauncherEnvironment
 from models.contract.recipe import Recipe
@@ -33,11 +34,13 @@ from models.training.initial_weights import load_initial_weights
 from models.training.loss import loss_weights
 from models.training.overlap import finish_gathers, start_gathers
 from models.training.parallel import Ranks, stage_of_chunk, start_megatron
-from models.training.parameters import count_parameters
+from models.training.parameters import count_parameters, parameter_order
 from models.training.trace import megatron_points
 from models.training.write_results import collect_write_results
 
 OPTIMIZER_SHARDING = {"data": "dp_reshardable", "any": "fully_reshardable"}
+PARAMETER_ORDER = "parameter_order"
+"""Key of a checkpoint whose optimizer states lie in the order of parameters, without their names."""
 
 
 class MegatronEngine:
@@ -175,7 +178,13 @@ class MegatronEngine:
 
     @torch.no_grad()
     def load(self, folder: Path, *, with_optimizer: bool, same_layout: bool) -> None:
-        """Read what :meth:`save` wrote, in place."""
+        """Read what :meth:`save` wrote, in place.
+
+        Raises:
+            ConfigError: the optimizer's states lie in another order than this model's parameters.
+        """
+        if with_optimizer:
+            self._require_order(folder)
         state = self._sharded_state(with_optimizer=with_optimizer, is_loading=True)
         if not same_layout:
             del state["random"]  # there is one of each rank that was
@@ -188,6 +197,16 @@ class MegatronEngine:
         self.scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:
             random_state.restore(loaded["random"], self.ranks.device)
+
+    def _require_order(self, folder: Path) -> None:
+        order = parameter_order(self.modules, self.ranks)
+        found = dist_checkpointing.load_common_state_dict(str(folder)).get(PARAMETER_ORDER, order)
+        if found != order:
+            raise ConfigError(
+                "the checkpoint's optimizer states are of parameters in another order", where=str(folder),
+                expected=f"{order}, names and shapes of this model's in their order", got=str(found),
+                fix="go on with the version of this program that wrote it, or convert its weights and start a new run",
+            )  # fmt: skip
 
     @torch.no_grad()
     def _gather_weights(self) -> None:
@@ -222,6 +241,8 @@ class MegatronEngine:
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 whole, is_loading=is_loading, metadata=metadata
             )
+            if self.recipe.checkpoint.resharding == "data":
+                state[PARAMETER_ORDER] = parameter_order(self.modules, self.ranks)
         state["scheduler"] = self.scheduler.state_dict()
         state["random"] = ShardedObject(
             "random", random_state.capture(self.ranks.device), (self.ranks.world_size,), (self.ranks.rank,)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many parameters the whole model has, counted once each across the layout."""
+"""How many parameters the whole model has, counted once each across the layout, and in which order they lie."""
 
+from hashlib import sha256
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,25 @@ def count_parameters(modules: list[Any], ranks: Ranks) -> dict[str, int]:
                 counts["trainable"] += parameter.numel() if parameter.requires_grad else 0
     parts = ranks.exchange(counts)
     return {key: sum(part[key] for part in parts) for key in PARTS}
+
+
+def parameter_order(modules: list[Any], ranks: Ranks) -> str:
+    """Digest of the names and shapes of trained parameters, in order, of every rank; every rank calls it.
+
+    The same for any number of data-parallel ranks, which have the same parameters.
+    """
+    trained = [
+        (name, tuple(parameter.shape))
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    digests = set(ranks.exchange(_digest(repr(trained))))
+    return _digest(" ".join(sorted(digests)))
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 def _counts_here(parameter: nn.Parameter, ranks: Ranks) -> bool:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
 from models.contract.errors import ConfigError, HarnessError, RunError
 from models.contract.recipe import Recipe, differences
 from models.contract.record import METRICS_FILE, RUN_FILE, iter_metrics, read_run_info
 from models.contract.site import Site
-from models.training import checkpoint
+from models.training import checkpoint, megatron_engine
 from models.training.checkpoint import (
     FILES_FILE,
     FOLDER,
@@ -275,6 +276,25 @@ def test_optimizer_states_of_another_resharding_or_layout_are_refused(
     with pytest.raises(ConfigError, match="for another layout") as caught:
         checkpoint.require_resharding(state, data, state.layout | {"dp": 2, "tp": 2, "pp": 4}, folder)
     assert (caught.value.expected, caught.value.got) == ("tp = 1, pp = 1", "tp = 2, pp = 4")
+
+
+def test_optimizer_states_of_parameters_in_another_order_are_refused(
+    site: Site, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = make_recipe(checkpoint=SAVES | {"resharding": "data"}), tmp_path / "run"
+    train(recipe, site, run, TrainOptions(stop_after=2))
+    monkeypatch.setattr(megatron_engine, "parameter_order", lambda *_: "another")
+    error = refusal(recipe, site, run)
+    assert isinstance(error, ConfigError)
+    assert error.what == "the checkpoint's optimizer states are of parameters in another order"
+    assert str(error.expected).startswith("another, ")
+    # as of an earlier version, which did not write it down
+    load = dist_checkpointing.load_common_state_dict
+    monkeypatch.setattr(
+        megatron_engine.dist_checkpointing, "load_common_state_dict",
+        lambda folder: {k: v for k, v in load(folder).items() if k != megatron_engine.PARAMETER_ORDER},
+    )  # fmt: skip
+    assert resume(recipe, site, run, stop_after=3) == "interrupted"
 
 
 @pytest.mark.parametrize(
