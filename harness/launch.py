@@ -42,6 +42,7 @@ from models.contract.errors import RunError
 from models.contract.record import METRICS_FILE, RUN_FILE
 from models.contract.sentinel import SENTINEL_PREFIX
 from models.contract.waiting import look_up
+from models.contract.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -509,9 +510,8 @@ def _set_aside(run_dir: Path, attempt: Attempt) -> Attempt:
 
 
 def _write_attempts(run_dir: Path, attempts: list[Attempt]) -> None:
-    partial = run_dir / (ATTEMPTS_FILE + ".partial")
-    partial.write_text(json.dumps([asdict(item) for item in attempts], indent=1) + "\n", encoding="utf-8")
-    partial.replace(run_dir / ATTEMPTS_FILE)
+    text = json.dumps([asdict(item) for item in attempts], indent=1)
+    write_whole(run_dir / ATTEMPTS_FILE, text + "\n")
 
 
 def _tail(path: Path, limit: int = 2_000_000) -> str:

@@ -37,6 +37,7 @@ from models.contract.cluster import ONE_NODE, Cluster
 from models.contract.errors import RunError
 from models.contract.record import METRICS_FILE, RUN_FILE
 from models.contract.site import Site
+from models.contract.whole_file import write_whole
 
 MissingBaseline = Literal["fail", "record", "skip"]
 BASELINES = REPOSITORY / "baselines"
@@ -321,6 +322,4 @@ def _reference(baseline: Baseline) -> dict[str, Any] | None:
 
 
 def _write_json(file: Path, data: Any) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")

@@ -36,6 +36,7 @@ from harness.report.view import (
 from harness.scaling import Scaling, scalings
 from harness.verdict import VerdictName, worst
 from models.contract.record import to_json_number
+from models.contract.whole_file import write_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 HTML_FILES: dict[Language, str] = {"en": "report.html", "zh": "report.zh-CN.html"}
@@ -73,9 +74,11 @@ def build_report(paths: list[Path], output: Path, *, title: str | None = None) -
     for language, file in HTML_FILES.items():
         view = report_view(found, language, title=title, created=created)
         other: Language = "zh" if language == "en" else "en"
-        _write(output / file, _template("report.html").render(**view, other=HTML_FILES[other]))
-        _write(output / MARKDOWN_FILES[language], _template("report.md").render(**view))
-    _write(output / JSON_FILE, json.dumps(report_data(found, created), indent=1, ensure_ascii=False) + "\n")
+        write_whole(output / file, _template("report.html").render(**view, other=HTML_FILES[other]))
+        write_whole(output / MARKDOWN_FILES[language], _template("report.md").render(**view))
+    write_whole(
+        output / JSON_FILE, json.dumps(report_data(found, created), indent=1, ensure_ascii=False) + "\n"
+    )
     return output / HTML_FILES["en"]
 
 
@@ -269,9 +272,3 @@ def _environment() -> jinja2.Environment:
 
 def _template(name: str) -> jinja2.Template:
     return _environment().get_template(name)
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.contract.errors import DataError
+from models.contract.whole_file import write_whole
 
 EVALUATION_SCHEMA_VERSION = 1
 SENTENCE_ENDS = (".", "。", "!", "！")
@@ -101,11 +102,8 @@ def chance_accuracy(answers: list[EvaluationItem]) -> float:
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write the file under a temporary name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps(evaluation.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write the file, whole or not at all."""
+    write_whole(path, json.dumps(evaluation.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -12,15 +12,14 @@ Non-finite numbers are written as the strings "nan", "inf", "-inf", so that the 
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.contract.errors import RunError
+from models.contract.whole_file import write_whole
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
@@ -132,16 +131,7 @@ def to_json_number(value: Any) -> Any:
 def write_run_info(directory: Path, info: RunInfo) -> None:
     """Replace ``run.json`` atomically."""
     text = json.dumps(to_json_number(info.model_dump(mode="json")), indent=1, ensure_ascii=False)
-    # Named apart: ranks that fail together write at the same time.
-    partial = directory / f"{RUN_FILE}.{uuid4().hex}.partial"
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(directory / RUN_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(directory / RUN_FILE, text + "\n", is_shared=True)  # ranks that fail together write together
 
 
 def append_metrics(directory: Path, step: StepMetrics) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.contract.errors import RunError
+from models.contract.whole_file import write_whole
 
 When = Literal["before", "after"]
 MOMENTS: tuple[When, ...] = ("before", "after")
@@ -42,9 +43,7 @@ class Sentinel(BaseModel):
 
     def write(self, file: Path) -> None:
         """Write the file, whole or not at all."""
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, file: Path) -> Self:

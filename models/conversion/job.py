@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from models.contract.errors import ConfigError, HarnessError, RunError
+from models.contract.whole_file import write_whole
 from models.conversion.workers import Advance, for_each
 
 PLAN_FILE = "plan.json"
@@ -160,7 +161,7 @@ def run_job(
             shutil.rmtree(job.partial, ignore_errors=True)
         (job.partial / JOURNAL).mkdir(parents=True, exist_ok=True)
         with _locked(job.partial / f"lock-{share[0]}"):
-            _write_text(job.partial / PLAN_FILE, json.dumps(_plan(job)))
+            write_whole(job.partial / PLAN_FILE, json.dumps(_plan(job)))
             done = finished(job)
             advance(sum(file.num_bytes for file in job.files if file.path in done))
             mine = [
@@ -187,7 +188,7 @@ def _write_one(job: Job, file: OutputFile, write: WriteFile, advance: Advance) -
     entry = write(file, unfinished, advance)
     entry["size"] = unfinished.stat().st_size
     unfinished.replace(path)
-    _write_text(job.partial / JOURNAL / f"{file.path.replace('/', '.')}.json", json.dumps(entry))
+    write_whole(job.partial / JOURNAL / f"{file.path.replace('/', '.')}.json", json.dumps(entry))
 
 
 def _finish(job: Job, finish: Callable[[Path, Entries], None], entries: Entries) -> bool:
@@ -260,12 +261,6 @@ def _reported(job: Job) -> Iterator[None]:
             what or "the result could not be written", where=str(job.partial), got=str(error),
             fix="start again after repair: finished files are kept and not written twice",
         ) from error  # fmt: skip
-
-
-def _write_text(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _size(folder: Path) -> int:

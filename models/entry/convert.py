@@ -24,6 +24,7 @@ from models.common.weight_rules import ExpertLayout
 from models.contract.architecture import FAMILIES, Family
 from models.contract.errors import ConfigError, HarnessError
 from models.contract.tiny_config import sized_config
+from models.contract.whole_file import write_whole
 from models.conversion import convert as conversions
 from models.conversion import dcp
 from models.conversion.convert import Options, Summary
@@ -305,9 +306,7 @@ def _verify_recorded(folder: Path, out: Path | None, workers: int, *, needs_righ
 
 def _write_report(report: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.replace(out)
+    write_whole(out, json.dumps(report, indent=1) + "\n")
 
 
 @app.command()

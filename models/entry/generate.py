@@ -21,6 +21,7 @@ import typer
 
 from models.contract.errors import ConfigError, DataError, HarnessError, RunError
 from models.contract.site import load_site
+from models.contract.whole_file import write_whole
 
 PROGRAM = os.environ.get("QWEN_HARNESS_PROG", "python -m models.entry.generate")
 app = typer.Typer(
@@ -147,7 +148,7 @@ def answer(
                 )  # fmt: skip
             sys.stdout.flush()
     if out is not None:
-        _write(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_whole(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 @app.command("evaluate")
@@ -255,7 +256,7 @@ def page(
     folder = load_site(site).dataset(dataset or shown.dataset)
     samples = (sample for sample in iter_samples(folder, shown.split) if isinstance(sample, Sample))
     found = json.loads(gates.read_text(encoding="utf-8")) if gates else ()
-    _write(out, render_page(columns, samples, title=title, max_rows=max_rows, gates=found))
+    write_whole(out, render_page(columns, samples, title=title, max_rows=max_rows, gates=found))
     sys.stdout.write(f"{out}\n")
 
 
@@ -301,7 +302,7 @@ def benchmark(
             return
         out.mkdir()
         if config:
-            _write(out / CONFIG_FILE, config)
+            write_whole(out / CONFIG_FILE, config)
         code = subprocess.run(command, check=False).returncode
     if code:
         raise RunError(
@@ -323,12 +324,6 @@ def _refuse_existing(out: Path | None) -> None:
         raise ConfigError("output exists", where=str(out), fix="choose another name, or remove it first")
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError("output folder not found", where=str(out.parent), fix="create it first")
-
-
-def _write(path: Path, text: str) -> None:
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_text(text, encoding="utf-8")
-    partial_file.replace(path)
 
 
 def one_line(error: HarnessError) -> str:

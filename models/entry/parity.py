@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from models.contract.errors import ConfigError, HarnessError
+from models.contract.whole_file import write_whole
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 console = Console(stderr=True)
@@ -46,9 +47,7 @@ def measure(
             with tempfile.TemporaryDirectory() as folder:
                 cells += measure_cells(name, count, Path(folder), modalities=tuple(chosen), on_cell=_say)
             earlier = json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
-            partial = output.with_name(f".{output.name}.partial")
-            partial.write_text(json.dumps(matrix_document(cells, earlier), indent=1) + "\n", encoding="utf-8")
-            partial.replace(output)
+            write_whole(output, json.dumps(matrix_document(cells, earlier), indent=1) + "\n")
     bad = [cell for cell in cells if not cell.agrees]
     console.print(f"{len(cells) - len(bad)} of {len(cells)} cells agree; {output}")
     if bad:

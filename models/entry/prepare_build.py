@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from models.contract.errors import DataError
+from models.contract.whole_file import write_whole
 from models.entry.prepare_options import (
     Output,
     ShardSize,
@@ -162,9 +163,7 @@ def llava_instruct(
                 "output exists", where=str(mllm_json), fix="choose another output, or remove it first"
             )
         records, skipped = to_mllm(entries, media, prefix=prefix, image_prefix=image_prefix)
-        partial = mllm_json.with_name(mllm_json.name + ".partial")
-        partial.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-        partial.rename(mllm_json)
+        write_whole(mllm_json, json.dumps(records, ensure_ascii=False))
         console.print(f"wrote {len(records)} records to {mllm_json}, left out {len(skipped)}")
     if output is not None:
         about = {"command": "llava-instruct", "source": str(annotations), "images": str(images)}

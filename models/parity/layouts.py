@@ -34,6 +34,7 @@ from models.common.context_parallel import local_index
 from models.common.multimodal import MultimodalModel
 from models.common.settings import ModelSettings
 from models.contract.families import detect_family, family_part
+from models.contract.whole_file import write_whole
 from models.parity.compare import (
     gradient_errors,
     gradient_norm,
@@ -104,9 +105,7 @@ def main(jobs_file: str, results_file: str) -> None:
         for job in same:
             results.append(dataclasses.asdict(run_job(job, groups)))
             if rank == 0:
-                partial = Path(f"{results_file}.partial")
-                partial.write_text(json.dumps(results))
-                partial.replace(results_file)
+                write_whole(Path(results_file), json.dumps(results))
         parallel_state.destroy_model_parallel()
         del groups
         distributed.destroy_process_group()

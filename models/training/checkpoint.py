@@ -13,7 +13,6 @@ A folder whose name starts with a dot was never finished; it is removed at the n
 
 import json
 import logging
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from models.contract.errors import ConfigError, RunError
 from models.contract.recipe import Recipe, differences
+from models.contract.whole_file import write_whole
 from models.training.engine import Engine
 from models.training.interruption import signals_held
 from models.training.loader_resharding import loader_state_for
@@ -148,7 +148,7 @@ class Saver:
                 _discard(final)
                 partial.rename(final)
                 iteration = int(final.name.removeprefix("iter_"))
-                _write_text(self._root / TRACKER_FILE, f"{iteration}\n")
+                write_whole(self._root / TRACKER_FILE, f"{iteration}\n")
                 _retain(self._root, self._keep_last, iteration)
 
         self._together(partial, check)
@@ -373,16 +373,4 @@ def _discard(folder: Path) -> None:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    _write_text(path, json.dumps(data, ensure_ascii=False))
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps(data, ensure_ascii=False))

@@ -31,6 +31,7 @@ from models.contract.record import (
     to_json_number,
     write_run_info,
 )
+from models.contract.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -191,9 +192,7 @@ def record_failure(directory: Path, rank: int, error: BaseException) -> None:
     if not own.exists():
         own.parent.mkdir(exist_ok=True)
         facts = {"at": time.time(), "rank": rank, "error": _words(error)}
-        partial = own.with_suffix(".partial")
-        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        partial.replace(own)
+        write_whole(own, json.dumps(facts, indent=1) + "\n")
     found = [json.loads(file.read_text(encoding="utf-8")) for file in own.parent.glob("rank_*.json")]
     first = min(found, key=lambda failure: failure["at"])
     info = read_run_info(directory)

@@ -395,14 +395,14 @@ def test_a_checkpoint_that_cannot_be_published_ends_the_run_and_keeps_the_one_be
     name: str, stopped: Any, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, run = stopped("megatron")
-    write = checkpoint._write_text
+    write = checkpoint.write_whole
 
     def full(path: Path, text: str) -> None:
         if path.name == name:
             raise OSError(28, "No space left on device")
         write(path, text)
 
-    monkeypatch.setattr(checkpoint, "_write_text", full)
+    monkeypatch.setattr(checkpoint, "write_whole", full)
     error = refusal_of_publishing(recipe, site, run)
     assert error.what == "checkpoint could not be written"
     assert "No space left on device" in error.got
@@ -417,16 +417,3 @@ def refusal_of_publishing(recipe: Recipe, site: Site, run: Path) -> HarnessError
         resume(recipe, site, run, stop_after=5)
     assert not list((run / FOLDER).glob("*.partial"))
     return caught.value
-
-
-def test_a_text_that_cannot_be_written_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / TRACKER_FILE).write_text("2\n")
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint._write_text(tmp_path / TRACKER_FILE, "4\n")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(TRACKER_FILE, "2\n")]
