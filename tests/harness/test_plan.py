@@ -45,7 +45,11 @@ def test_published_name_reads_a_checkpoint_name(checkpoint: str, name: str | Non
     assert published_name(checkpoint) == name
 
 
-def test_plan_without_checkpoint_takes_the_published_sizes(site: Site, tmp_path: Path) -> None:
+def test_plan_without_checkpoint_takes_the_published_sizes(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100 * 2**30)  # whatever this machine has
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     plan = plan_case(case_on("h200"), site, baselines=tmp_path, probe=H200)
     assert plan.training is not None
     assert plan.training.parameters.total == 8_292_166_656

@@ -56,6 +56,7 @@ def test_overflow_is_skipped_and_halves_the_scale(
     assert rows[-1]["num_skipped_iterations"] == 0
 
 
+@pytest.mark.slow
 def test_steps_follow_fp32_within_the_rounding_of_fp16(
     site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

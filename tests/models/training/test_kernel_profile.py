@@ -17,7 +17,7 @@ from models.training.progress import TrainOptions
 from models.training.start import train
 
 
-@pytest.mark.parametrize("engine", ["megatron", "fsdp2"])
+@pytest.mark.parametrize("engine", ["megatron", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_step_that_was_asked_for_is_written_and_no_other(
     engine: str, site: Site, make_recipe: Callable[..., Recipe], tmp_path: Path, rows_of: Callable[..., Any]
 ) -> None:

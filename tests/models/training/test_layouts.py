@@ -85,7 +85,6 @@ QUICK = {
     ("qwen2_5_vl", "cp2", "rows"),
     ("qwen3_vl", "pp2-first1", "long-rows"),  # deepstack features travel
     ("qwen3_vl", "tp2sp", "rows"),
-    ("qwen3_vl", "fsdp2-dp2", "rows"),
     ("qwen3_vl_moe", "ep2-gather", "long-rows"),
 }
 """Of the default run."""

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 STAND_IN = """
 import torch
 CALLS = []
@@ -68,6 +70,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_npu_is_found_when_torch_npu_is_importable(tmp_path: Path) -> None:
     (tmp_path / "torch_npu.py").write_text(STAND_IN)
     repository = Path(__file__).parents[3]
