@@ -152,6 +152,8 @@ class MegatronEngine:
         """Write a sharded torch_dist checkpoint; model keys are those of a converted checkpoint."""
         self._gather_weights()
         state = self._sharded_state(with_optimizer=with_optimizer, is_loading=False)
+        if with_optimizer and self.recipe.checkpoint.resharding == "data":
+            state[PARAMETER_ORDER] = parameter_order(self.modules, self.ranks)
         request = dist_checkpointing.save(
             state, str(folder), async_sharded_save=is_async, async_strategy="mcore"
         )
@@ -241,8 +243,6 @@ class MegatronEngine:
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 whole, is_loading=is_loading, metadata=metadata
             )
-            if self.recipe.checkpoint.resharding == "data":
-                state[PARAMETER_ORDER] = parameter_order(self.modules, self.ranks)
         state["scheduler"] = self.scheduler.state_dict()
         state["random"] = ShardedObject(
             "random", random_state.capture(self.ranks.device), (self.ranks.world_size,), (self.ranks.rank,)
