@@ -18,26 +18,21 @@ from megatron.core.transformer import TransformerConfig, TransformerLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from models.common.fp8_products import products_of
 from models.common.fused_layers import FusedSelfAttention, is_watched, norm_weight, wait_for_weights
 from models.common.kernels.norm import NormStatistics, norm_backward, norm_forward
-from models.common.kernels.products import (
-    bias_gradient,
-    linear,
-    linear_onto,
-    padded,
-    vector_gradients,
-    weight_gradient,
-)
+from models.common.kernels.products import bias_gradient, vector_gradients
 from models.common.kernels.qkv import HeadSizes, needed_backward, split_backward, split_forward
-from models.common.kernels.swiglu import swiglu_backward, swiglu_forward
-from models.common.specs import ALIGNMENT
+from models.common.layer_products import Products
+from models.common.specs import takes_own_kernels
 
 
 class DenseLayer(TransformerLayer):
     """TransformerLayer that takes the short way where one is open to it, with the same parameters and results.
 
-    Open: on our kernels, on one tensor-parallel rank, in 16 or 32 bits, for a dense MLP, and while nobody watches the
-    modules inside. Selective recompute keeps neither what the norms nor what the MLP's activation put out.
+    Open: on our kernels, on one tensor-parallel rank, for a dense MLP, while nobody watches the modules inside, and in
+    fp8 where its scales need no history. Selective recompute keeps neither what the norms nor what the MLP's activation
+    put out.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -50,9 +45,11 @@ class DenseLayer(TransformerLayer):
             and isinstance(mlp, MLP)
             and self._activation is not None
             and self.pg_collection.tp.size() == 1
-            and config.fp8 is None
+            and takes_own_kernels(config)
         )
         if self._is_short:
+            self._products = products_of(config)
+            self._linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
             self._keeps = config.recompute_granularity != "selective"
             parts = (
                 self.input_layernorm, attention.linear_qkv, attention.q_layernorm, attention.k_layernorm,
@@ -78,10 +75,17 @@ class DenseLayer(TransformerLayer):
         """
         angles: Any = kwargs.get("rotary_pos_emb")
         is_plain = isinstance(angles, Tensor) and kwargs.get("inference_context") is None
-        if not (self._is_short and is_plain) or is_watched(self.self_attention, self.mlp, *self._owners):
+        if not (self._is_short and is_plain and self._divides(hidden_states)) or is_watched(
+            self.self_attention, self.mlp, *self._owners
+        ):
             return cast(Any, super().forward(hidden_states, *args, **kwargs))
         wait_for_weights(*self._owners)
+        self._products.begin(self._linears)
         return self._forward(hidden_states, angles, kwargs.get("packed_seq_params")), kwargs.get("context")
+
+    def _divides(self, hidden_states: Tensor) -> bool:
+        """Whether there are as many rows as the products' format takes."""
+        return hidden_states.shape[:2].numel() % self._products.row_multiple == 0
 
     def _forward(self, hidden_states: Tensor, angles: Tensor, segments: Any) -> Tensor:
         attention: Any = self.self_attention
@@ -91,6 +95,7 @@ class DenseLayer(TransformerLayer):
             _BeforeAttention.apply(
                 hidden_states, angles, *_parameters(self.input_layernorm), *_parameters(attention.linear_qkv),
                 norm_weight(attention.q_layernorm), norm_weight(attention.k_layernorm), self._sizes, self._keeps,
+                self._products,
             ),
         )  # fmt: skip
         attended = attention.core_attention(
@@ -100,7 +105,7 @@ class DenseLayer(TransformerLayer):
         out = _AfterAttention.apply(
             attended, residual, *_parameters(attention.linear_proj), *_parameters(self.pre_mlp_layernorm),
             *_parameters(mlp.linear_fc1), *_parameters(mlp.linear_fc2), self._activation,
-            self.config.layernorm_epsilon, self._keeps,
+            self.config.layernorm_epsilon, self._keeps, self._products,
         )  # fmt: skip
         return cast(Tensor, out)
 
@@ -137,33 +142,37 @@ class _BeforeAttention(torch.autograd.Function):
         key_weight: Tensor | None,
         sizes: HeadSizes,
         keeps: bool,
+        products: Products,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = hidden_states.contiguous().view(-1, hidden_states.shape[-1])
         angles = angles.contiguous()
         normed, statistics = norm_forward(rows, norm_weight, norm_bias, sizes.eps)
-        mixed = linear(normed, weight, bias).view(*hidden_states.shape[:2], -1)
-        kept = (normed if keeps else None, needed_backward(mixed, query_weight))
-        ctx.save_for_backward(rows, *kept, angles, *statistics)
+        operand = products.operand(normed)
+        mixed = products.linear(operand, weight, bias).view(*hidden_states.shape[:2], -1)
+        kept = (operand if keeps else None, needed_backward(mixed, query_weight))
+        products.save(ctx, rows, *kept, angles, *statistics)
         ctx.parameters = (norm_weight, norm_bias, weight, bias, query_weight, key_weight)
-        ctx.sizes = sizes
+        ctx.sizes, ctx.products = sizes, products
         parts = split_forward(mixed, angles, query_weight, key_weight, sizes)
         return *parts, hidden_states.view_as(hidden_states)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, normed, mixed, angles, *statistics = ctx.saved_tensors
+        products: Products = ctx.products
+        rows, operand, mixed, angles, *statistics = products.saved(ctx)
         norm_weight, norm_bias, weight, bias, query_weight, key_weight = ctx.parameters
         *d_parts, passed = grad_outputs
         d_mixed, d_heads = split_backward(mixed, angles, query_weight, key_weight, ctx.sizes, d_parts)
         d_out = d_mixed.view(len(rows), -1)
-        if normed is None:
-            normed, _ = norm_forward(rows, norm_weight, norm_bias, ctx.sizes.eps)
-        d_weight = weight_gradient(weight, d_out, normed)
+        if operand is None:
+            operand = products.operand(norm_forward(rows, norm_weight, norm_bias, ctx.sizes.eps)[0])
+        d_operand = products.gradient(d_out)
+        d_weight = products.weight_gradient(weight, d_operand, operand)
         d_rows, d_norm_weight, d_norm_bias = norm_backward(
             rows,
             norm_weight,
             NormStatistics(*statistics),
-            d_out @ weight,
+            products.input_gradient(d_operand, weight),
             passed.contiguous().view(rows.shape),
         )
         d_query, d_key = (None, None) if d_heads is None else d_heads
@@ -171,7 +180,9 @@ class _BeforeAttention(torch.autograd.Function):
         gradients = (d_norm_weight, d_norm_bias, bias_gradient(bias, d_out), d_query, d_key)
         d_norm_weight, d_norm_bias, d_bias, d_query, d_key = vector_gradients(vectors, gradients)
         d_states = d_rows.view(passed.shape)
-        return d_states, None, d_norm_weight, d_norm_bias, d_weight, d_bias, d_query, d_key, None, None
+        return (
+            d_states, None, d_norm_weight, d_norm_bias, d_weight, d_bias, d_query, d_key, None, None, None,
+        )  # fmt: skip
 
 
 class _AfterAttention(torch.autograd.Function):
@@ -193,57 +204,50 @@ class _AfterAttention(torch.autograd.Function):
         activation: str,
         eps: float,
         keeps: bool,
+        products: Products,
     ) -> Tensor:
-        heads = attended.reshape(-1, attended.shape[-1])
-        middle = linear_onto(residual, heads, proj, proj_bias)
+        heads = products.operand(attended.reshape(-1, attended.shape[-1]))
+        middle = products.linear_onto(residual, heads, proj, proj_bias)
         rows = middle.view(-1, middle.shape[-1])
         normed, statistics = norm_forward(rows, norm_weight, norm_bias, eps)
-        inner = linear(normed, fc1, fc1_bias)
-        activated = _activate(inner, activation)
-        kept = (normed, activated) if keeps else (None, None)
-        ctx.save_for_backward(heads, rows, inner, *kept, *statistics)
+        operand = products.operand(normed)
+        inner = products.linear(operand, fc1, fc1_bias)
+        activated = products.activate(inner, activation)
+        out = products.linear_onto(middle, activated, fc2, fc2_bias)
+        kept = (operand, activated) if keeps else (None, None)
+        products.save(ctx, heads, rows, inner, *kept, *statistics)
         ctx.parameters = (proj, proj_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias)
-        ctx.activation, ctx.eps, ctx.attended_shape = activation, eps, attended.shape
-        return linear_onto(middle, activated, padded(fc2, activated.shape[1]), fc2_bias)
+        ctx.activation, ctx.eps, ctx.attended_shape, ctx.products = activation, eps, attended.shape, products
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        heads, rows, inner, normed, activated, *statistics = ctx.saved_tensors
+        products: Products = ctx.products
+        heads, rows, inner, operand, activated, *statistics = products.saved(ctx)
         proj, proj_bias, norm_weight, norm_bias, fc1, fc1_bias, fc2, fc2_bias = ctx.parameters
         shape = grad_outputs[0].shape
         d_out = grad_outputs[0].contiguous().view(rows.shape)
-        if normed is None:
-            normed, _ = norm_forward(rows, norm_weight, norm_bias, ctx.eps)
-            activated = _activate(inner, ctx.activation)
-        d_fc2 = weight_gradient(fc2, d_out, activated)
-        d_inner = _activation_backward(d_out @ padded(fc2, activated.shape[1]), inner, ctx.activation)
-        d_fc1 = weight_gradient(fc1, d_inner, normed)
+        if operand is None:
+            operand = products.operand(norm_forward(rows, norm_weight, norm_bias, ctx.eps)[0])
+            activated = products.activate(inner, ctx.activation)
+        d_operand = products.gradient(d_out)
+        d_fc2 = products.weight_gradient(fc2, d_operand, activated)
+        d_activated = products.input_gradient(d_operand, fc2, activated)
+        d_operand, d_fc1_bias = products.activation_gradient(d_activated, inner, ctx.activation, fc1_bias)
+        d_fc1 = products.weight_gradient(fc1, d_operand, operand)
+        d_normed = products.input_gradient(d_operand, fc1)
         d_middle, d_norm_weight, d_norm_bias = norm_backward(
-            rows, norm_weight, NormStatistics(*statistics), d_inner @ fc1, d_out
+            rows, norm_weight, NormStatistics(*statistics), d_normed, d_out
         )
-        d_proj = weight_gradient(proj, d_middle, heads)
-        d_attended = (d_middle @ proj).view(ctx.attended_shape)
+        d_operand = products.gradient(d_middle)
+        d_proj = products.weight_gradient(proj, d_operand, heads)
+        d_attended = products.input_gradient(d_operand, proj).view(ctx.attended_shape)
         vectors = (proj_bias, norm_weight, norm_bias, fc1_bias, fc2_bias)
         gradients = (
-            bias_gradient(proj_bias, d_middle), d_norm_weight, d_norm_bias,
-            bias_gradient(fc1_bias, d_inner), bias_gradient(fc2_bias, d_out),
+            bias_gradient(proj_bias, d_middle), d_norm_weight, d_norm_bias, d_fc1_bias, bias_gradient(fc2_bias, d_out),
         )  # fmt: skip
         d_proj_bias, d_norm_weight, d_norm_bias, d_fc1_bias, d_fc2_bias = vector_gradients(vectors, gradients)
         return (
             d_attended, d_middle.view(shape), d_proj, d_proj_bias, d_norm_weight, d_norm_bias,
-            d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, None, None, None,
+            d_fc1, d_fc1_bias, d_fc2, d_fc2_bias, None, None, None, None,
         )  # fmt: skip
-
-
-def _activate(inner: Tensor, activation: str) -> Tensor:
-    if activation == "swiglu":
-        width = inner.shape[1] // 2
-        return swiglu_forward(inner, width + -width % ALIGNMENT)
-    return F.gelu(inner, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _activation_backward(gradient: Tensor, inner: Tensor, activation: str) -> Tensor:
-    if activation == "swiglu":
-        return swiglu_backward(gradient, inner)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(gradient, inner, approximate=approximate)

@@ -25,6 +25,7 @@ from models.common.attention import TorchCoreAttention, te_core_attention
 from models.common.norms import norm_of
 from models.common.settings import AttentionBackend, ExpertsBackend, TokenDispatcherType
 from models.common.token_dispatch import DispatchingMoELayer
+from models.contract.recipe import OWN_FP8
 
 FUSED_NORM_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -111,6 +112,15 @@ def _with_grouped_products(experts: type[Any]) -> type[Any]:
     return with_grouped_products(experts)
 
 
+def takes_own_kernels(config: TransformerConfig) -> bool:
+    """Whether our own kernels stand around a layer's products.
+
+    Where fp8's scales are known beforehand TransformerEngine's modules put out fp8 at once; where they are taken from
+    what is put out, as in 16 bits, our own norms and the short way of :mod:`models.common.dense_layer` are faster.
+    """
+    return config.fp8 is None or config.fp8_recipe in OWN_FP8
+
+
 def te_attends(config: TransformerConfig) -> bool:
     """Whether TransformerEngine has a kernel for a decoder's attention.
 
@@ -170,9 +180,7 @@ def _te_layer(
 
     from models.common.fused_layers import FusedSelfAttention, residual_norm_of
 
-    # A norm inside TransformerEngine's linear layer puts out fp8 at once where scales are known beforehand; where they
-    # are taken from what it puts out, as in bf16, our own one is faster.
-    has_own_norm = config.fp8 is None or config.fp8_recipe in ("tensorwise", "blockwise")
+    has_own_norm = takes_own_kernels(config)
     norm: Any = (
         residual_norm_of(config) if has_own_norm else IdentityOp
     )  # puts out a pair, which the layer knows

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from models.contract.architecture import Architecture, TextArchitecture, VisionArchitecture
 from models.contract.fixed_shapes import merged_tokens
-from models.contract.recipe import Recipe
+from models.contract.recipe import OWN_FP8, Recipe
 
 GIB = 1024**3
 RUNTIME_BYTES = 3 * GIB
@@ -110,8 +110,10 @@ def estimate_memory(recipe: Recipe, architecture: Architecture) -> MemoryEstimat
     expert_shards = max(1, expert_ranks) if optimizer.use_distributed_optimizer else 1
     if recipe.train.engine == "fsdp2":
         return _fsdp2(recipe, architecture, dense + experts, trained_dense + trained_experts)
+    # the decoder's matrices once more, and once transposed
+    rounded = 0.0 if precision.fp8 is None else 2 * (counts.language / pp / tp + experts)
     return MemoryEstimate(
-        weights=(dense + experts) * width,
+        weights=(dense + experts) * width + rounded,
         gradients=(trained_dense + trained_experts) * gradient,
         optimizer=(trained_dense / shards + trained_experts / expert_shards) * state,
         activations=_activations(recipe, architecture),
@@ -142,11 +144,16 @@ def _activations(recipe: Recipe, architecture: Architecture) -> float:
     tokens = recipe.train.micro_batch_size * recipe.data.seq_length / parallel.context_parallel_size
     shared = 1 / tp if parallel.sequence_parallel else 1.0
     ffn = text.ffn_hidden_size if text.moe is None else text.moe.ffn_hidden_size * text.moe.topk
-    # inputs of two norms and two linear layers; q, k, v and the attention's output; gate, up and their product
-    normed, product = 4 * text.hidden_size * shared, 3 * ffn / tp
+    # inputs of two norms; q, k, v and the attention's output; gate and up
+    states = 2 * text.hidden_size * shared + _attention_width(text) / tp + 2 * ffn / tp
+    # inputs of linear layers: after the norms, and after the activation
+    normed, product = 2 * text.hidden_size * shared, ffn / tp
     if recipe.precision.recompute == "selective" and _recomputes_activation(recipe, text):
-        normed, product = normed / (2 if text.moe is None else 1), 2 * ffn / tp
-    layer = width * tokens * (normed + _attention_width(text) / tp + product)
+        normed, product = 0.0 if text.moe is None else normed, 0.0
+    operands = width * (normed + product)
+    if recipe.precision.fp8 is not None:  # one byte each, and the attention's output in both formats
+        operands = normed + product + text.num_attention_heads * text.kv_channels / tp
+    layer = tokens * (width * states + operands)
     layers = (recipe.model.num_layers or text.num_layers) / pp
     in_flight = min(pp, recipe.num_microbatches)
     if recipe.precision.recompute == "full":
@@ -176,9 +183,10 @@ def _recomputes_activation(recipe: Recipe, text: TextArchitecture) -> bool:
     """
     if not _has_own_kernels(recipe):
         return False
-    is_dense = text.moe is None
-    plain = recipe.precision.fp8 is None and recipe.parallel.tensor_model_parallel_size == 1
-    return plain if is_dense else recipe.precision.fp8 != "delayed"
+    fp8 = recipe.precision.fp8
+    if text.moe is not None:
+        return fp8 != "delayed"
+    return (fp8 is None or fp8 in OWN_FP8) and recipe.parallel.tensor_model_parallel_size == 1
 
 
 def _vision_activations(recipe: Recipe, vision: VisionArchitecture) -> float:

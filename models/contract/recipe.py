@@ -20,6 +20,8 @@ from models.contract.errors import ConfigError
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 FIXED_SHAPES = "fixed-shapes"
 """What `data.dataset` says where no dataset is read, see :class:`FixedShapes`."""
+OWN_FP8 = ("tensorwise", "blockwise")
+"""Ways of `precision.fp8` that our own layers round in; others stay with TransformerEngine's modules."""
 
 
 class ModelSection(BaseModel):

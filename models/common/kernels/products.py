@@ -51,7 +51,7 @@ def weight_gradient(weight: Tensor, d_out: Tensor, rows: Tensor) -> Tensor | Non
         torch.addmm(main_grad, d_out.t(), rows, out_dtype=main_grad.dtype, out=main_grad)
     else:
         main_grad.add_(_product(d_out.t(), rows, main_grad.dtype)[:, :width])
-    return _delivered(weight)
+    return mark_delivered(weight)
 
 
 def table_gradient(weight: Tensor, ids: Tensor, d_rows: Tensor) -> Tensor | None:
@@ -72,7 +72,7 @@ def table_gradient(weight: Tensor, ids: Tensor, d_rows: Tensor) -> Tensor | None
     ranks, rows = _distinct(ids, len(weight))
     sums = torch.ops.aten.embedding_dense_backward(d_rows.to(main_grad.dtype), ranks, len(rows), -1, False)
     main_grad.index_add_(0, rows, sums)
-    return _delivered(weight)
+    return mark_delivered(weight)
 
 
 def _distinct(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def vector_gradients(
             continue
         main_grads.append(main_grad)
         added.append(gradient)
-        returned.append(_delivered(vector))
+        returned.append(mark_delivered(vector))
     if added:
         torch._foreach_add_(main_grads, added)
     return returned
@@ -130,6 +130,7 @@ def main_grad_of(parameter: Any) -> Tensor | None:
     return parameter.main_grad if hasattr(parameter, "grad_added_to_main_grad") else None
 
 
-def _delivered(parameter: Any) -> Tensor:
+def mark_delivered(parameter: Any) -> Tensor:
+    """Tell data parallelism that the main gradient has it; what is returned tells autograd, its values mean nothing."""
     parameter.grad_added_to_main_grad = True
     return torch.empty_like(parameter)

@@ -8,12 +8,14 @@ import torch
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from models.common import fp8_products
 from models.common.dense_layer import DenseLayer
 from models.common.settings import ModelSettings
 from models.contract.memory import estimate_memory
 from models.contract.recipe import parse_recipe
 from models.parity.oracles import TINY, architecture_of, build_oracle
 from models.parity.single import LIMITS, make_pair, measure_rounding
+from tests.models.common.fp8_layers import cpu_rounding
 from tests.models.common.short_way import short_way_everywhere
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -92,10 +94,16 @@ def test_selective_recompute_changes_no_gradient(name: str) -> None:
     assert all(value.abs().sum() > 0 for value in kept.values())
 
 
+@pytest.mark.parametrize("fp8", [None, "tensorwise"])
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_plan_counts_what_a_layer_keeps(name: str, recompute: str) -> None:
-    layer, states, angles = one_layer(name, recompute=recompute)
+def test_plan_counts_what_a_layer_keeps(
+    name: str, recompute: str, fp8: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8_products, "te_rounding", cpu_rounding)
+    layer, states, angles = one_layer(name, recompute=recompute, fp8=fp8)
+    for linear in layer._linears:
+        linear.is_first_microbatch = True
     layer.self_attention.core_attention.forward = keeps_inputs_and_output
     kept: dict[int, Tensor] = {}
 
@@ -115,14 +123,14 @@ def test_plan_counts_what_a_layer_keeps(name: str, recompute: str) -> None:
             "model": {"family": name, "checkpoint": "none", "freeze": ["vision"], "num_layers": 1},
             "data": {"dataset": "mock", "seq_length": NUM_POSITIONS},
             "train": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1}, "optimizer": {"lr": 1e-3},
-            "precision": {"dtype": "fp32", "recompute": recompute},
+            "precision": {"dtype": "fp32", "recompute": recompute, "fp8": fp8},
         },
         where="test",
     )  # fmt: skip
     assert estimate_memory(recipe, architecture_of(name, build_oracle(name))).activations == found
 
 
-@pytest.mark.parametrize("changes", [{"fp8": "tensorwise"}])
+@pytest.mark.parametrize("changes", [{"fp8": "delayed"}])
 def test_short_way_is_closed_where_it_does_not_lead(changes: dict[str, Any]) -> None:
     with short_way_everywhere():
         model = make_pair("qwen2_5_vl", ModelSettings(moe_aux_loss_coeff=0.0, **changes)).model

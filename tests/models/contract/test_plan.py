@@ -13,7 +13,7 @@ from models.contract.architecture import Architecture
 from models.contract.errors import ConfigError
 from models.contract.families import detect_family, family_part
 from models.contract.layout import check_layout
-from models.contract.memory import count_parameters, estimate_memory
+from models.contract.memory import GIB, count_parameters, estimate_memory
 from models.contract.plan import checkpoint_bytes, plan_training, require_fit
 from models.contract.recipe import Recipe, load_recipe, parse_recipe
 from models.contract.site import REPOSITORY
@@ -48,6 +48,18 @@ def test_estimate_memory_shards_optimizer_states_over_data_parallel_ranks() -> N
     assert memory.weights == parameters * 2
     assert memory.gradients == parameters * 4
     assert memory.optimizer == parameters * 12 / 8
+
+
+@pytest.mark.parametrize(("num_layers", "bf16", "fp8"), [(8, 75.52, 77.65), (28, 108.40, 115.75)])
+def test_estimate_memory_knows_what_fp8_adds(num_layers: int, bf16: float, fp8: float) -> None:
+    """GiB that Qwen2.5-VL-7B took on an H200 (benchmarks/gpu_step.py): weights once more, and inputs in one byte."""
+    data = load_recipe(SUITES / "throughput" / "qwen2_5_vl_7b_padded.toml").model_dump()
+    found = []
+    for name in (None, "tensorwise"):
+        data["model"]["num_layers"], data["precision"]["fp8"] = num_layers, name
+        memory = estimate_memory(Recipe.model_validate(data), architecture("qwen2_5_vl_7b"))
+        found.append(memory.weights + memory.activations)
+    assert (found[1] - found[0]) / GIB == pytest.approx(fp8 - bf16, rel=0.03)
 
 
 def test_plan_names_the_smallest_change_that_fits() -> None:
