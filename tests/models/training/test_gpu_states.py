@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizer states on the CPU, in 16 bits, and in checkpoints that are written beside the next steps, on real GPUs."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,25 +178,31 @@ def test_training_with_whole_states_in_one_launch_is_as_with_many(
 
 
 @pytest.mark.parametrize(
-    ("engine", "num_processes", "states", "is_async"),
+    ("engine", "num_processes", "states", "precision", "is_async"),
     [
-        pytest.param("megatron", 1, HALF, True, id="megatron-half-async"),
-        pytest.param("megatron", 1, PRECISION_AWARE, False, id="megatron-precision-aware"),
-        pytest.param("megatron", 2, WHOLE, False, id="megatron-dp2-offloaded"),
-        pytest.param("fsdp2", 2, {}, True, id="fsdp2-dp2-async"),
-        pytest.param("fsdp2", 2, WHOLE, True, id="fsdp2-dp2-offloaded-async"),
+        pytest.param("megatron", 1, HALF, {}, True, id="megatron-half-async"),
+        pytest.param("megatron", 1, PRECISION_AWARE, {}, False, id="megatron-precision-aware"),
+        pytest.param("megatron", 1, {}, {"fp8": "tensorwise"}, False, id="megatron-fp8"),
+        pytest.param(
+            "megatron", 1, {}, {"fp8": "tensorwise", "recompute": "selective"}, True, id="megatron-fp8-async"
+        ),
+        pytest.param("megatron", 2, WHOLE, {}, False, id="megatron-dp2-offloaded"),
+        pytest.param("fsdp2", 2, {}, {}, True, id="fsdp2-dp2-async"),
+        pytest.param("fsdp2", 2, WHOLE, {}, True, id="fsdp2-dp2-offloaded-async"),
     ],
 )
 def test_run_that_goes_on_equals_the_whole_one(
-    engine: str, num_processes: int, states: dict[str, Any], *, is_async: bool, site: Site,
+    engine: str, num_processes: int, states: dict[str, Any], precision: dict[str, Any], *, is_async: bool, site: Site,
     make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows,
 ) -> None:  # fmt: skip
     if torch.cuda.device_count() < num_processes:
         pytest.skip(f"needs {num_processes} GPUs")
     recipe = make_recipe(
         num_processes,
-        train={"engine": engine},
-        precision={"dtype": "bf16"},
+        model={"checkpoint": str(aligned(site)), "init": "random"},
+        data={"padding": "max_length"},
+        train={"engine": engine, "eval_interval": 2, "eval_samples": 4},
+        precision={"dtype": "bf16"} | precision,
         optimizer=OPTIMIZER | states,
         checkpoint={"save_interval": 2, "async_save": is_async, "resharding": "data"},
     )
@@ -204,6 +212,17 @@ def test_run_that_goes_on_equals_the_whole_one(
             assert launch(recipe, site, cut, *options).wait() == 0, said(cut)
     assert beside.returncode == 0, said(whole)
     assert rows_of(cut) == rows_of(whole)
+
+
+def aligned(site: Site) -> Path:
+    """The tiny checkpoint's config and tokenizer with an MLP as wide as fp8 takes it."""
+    folder = Path(site.checkpoints) / "aligned-qwen2_5_vl"
+    if not folder.exists():
+        shutil.copytree(Path(site.checkpoints) / "tiny-qwen2_5_vl", folder)
+        config = json.loads((folder / "config.json").read_text())
+        config.get("text_config", config)["intermediate_size"] = 192
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def launch(recipe: Recipe, site: Site, run: Path, *options: str) -> subprocess.Popen[bytes]:
