@@ -140,17 +140,18 @@ def settings_from_recipe(recipe: Recipe, *, device: str) -> ModelSettings:
         ConfigError: the recipe asks for something this kind of device does not have.
     """
     parallel, precision = recipe.parallel, recipe.precision
-    if precision.fp8 is not None and device != "cuda":
+    attention_backend = resolve_attention_backend(recipe.model.attention_backend, device)
+    if precision.fp8 is not None and attention_backend != "te":
         raise ConfigError(
-            "fp8 needs a GPU",
+            "fp8 needs a GPU" if device != "cuda" else "fp8 needs TransformerEngine's layers",
             where="recipe [precision] fp8",
-            expected="a CUDA device with fp8 matrix products",
-            got=f"device {device}",
-            fix="leave fp8 out on this machine",
+            expected="a CUDA device with fp8 matrix products, and attention_backend te",
+            got=f"device {device}, attention_backend {attention_backend}",
+            fix="leave fp8 out on this machine, or pip install -e '.[gpu]', which brings transformer_engine",
         )
     return ModelSettings(
         dtype=DTYPES[precision.dtype],
-        attention_backend=resolve_attention_backend(recipe.model.attention_backend, device),
+        attention_backend=attention_backend,
         experts_backend=resolve_experts_backend(recipe, device),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,

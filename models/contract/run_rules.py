@@ -20,7 +20,7 @@ def check_run(recipe: Recipe, *, hardware: str | None = None) -> list[LayoutProb
     """
     problems = [
         *_batches(recipe), *check_fixed_shapes(recipe), *_recompute(recipe), *_evaluation(recipe),
-        *_optimizer(recipe), *_grouped_experts(recipe), *_fsdp2(recipe),
+        *_optimizer(recipe), *_fp8(recipe), *_grouped_experts(recipe), *_fsdp2(recipe),
     ]  # fmt: skip
     return [*problems, *_cpu(recipe)] if hardware == "cpu" else problems
 
@@ -122,6 +122,15 @@ def _optimizer(recipe: Recipe) -> Iterator[LayoutProblem]:
             where="parallel.overlap_param_gather",
             got=f"{parallel.overlap_grad_reduce} and {settings.use_distributed_optimizer}".lower(),
             fix="switch both on, or overlap_param_gather off",
+        )  # fmt: skip
+
+
+def _fp8(recipe: Recipe) -> Iterator[LayoutProblem]:
+    fp8, backend = recipe.precision.fp8, recipe.model.attention_backend
+    if fp8 is not None and backend == "torch":
+        yield LayoutProblem(
+            rule="layers of the torch backend have no fp8 products", where="model.attention_backend",
+            got=f"torch with precision.fp8 = {fp8}", fix="use 'te' or 'auto', or leave fp8 out",
         )  # fmt: skip
 
 

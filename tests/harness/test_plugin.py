@@ -164,7 +164,7 @@ def test_regression_fails_the_test_and_names_the_effect(
         ((), True, 13, "FAILED"),
         pytest.param((), False, 13, "XFAIL", marks=pytest.mark.slow),
         pytest.param(("--missing-baseline", "skip"), False, 0, "SKIPPED", marks=pytest.mark.slow),
-        (("--missing-baseline", "skip"), True, 13, "FAILED"),
+        pytest.param(("--missing-baseline", "skip"), True, 13, "FAILED", marks=pytest.mark.slow),
     ],
 )
 def test_missing_baseline_is_never_silent(

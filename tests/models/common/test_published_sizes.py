@@ -107,7 +107,10 @@ def test_table_gives_the_published_billions(name: str) -> None:
         assert count / 1e9 == pytest.approx(billions, abs=0.05 if billions > 20 else 0.006)
 
 
-@pytest.mark.parametrize("name", [name for name in SIZES if not is_moe(name)])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if size.billions[0] > 20 else ())
+    for name, size in SIZES.items() if not is_moe(name)
+])  # fmt: skip
 def test_dense_sizes_have_every_parameter(name: str) -> None:
     counts = count_parameters(name)
     assert counts["language_model"] == decoder_counts(name, SIZES[name])[0]

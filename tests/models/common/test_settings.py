@@ -51,6 +51,15 @@ def test_fp8_on_a_cpu_is_refused() -> None:
         settings_from_recipe(recipe(precision={"fp8": "tensorwise"}), device="cpu")
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_fp8_without_transformer_engine_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend, which takes over, would train in bf16 what is recorded as fp8."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    asked = recipe(precision={"dtype": "bf16", "fp8": "tensorwise"}, model={"attention_backend": backend})
+    with pytest.raises(ConfigError, match="fp8 needs TransformerEngine's layers"):
+        settings_from_recipe(asked, device="cuda")
+
+
 def test_grouped_experts_need_the_kernels_of_a_gpu() -> None:
     with pytest.raises(ConfigError, match="experts_backend 'grouped' cannot run here") as error:
         settings_from_recipe(recipe(model={"experts_backend": "grouped"}), device="cpu")

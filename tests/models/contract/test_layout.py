@@ -93,6 +93,8 @@ def test_layouts_that_divide_pass(size: str, parallel: dict[str, Any]) -> None:
                               "train": {"global_batch_size": 6}}, "number of experts must be a multiple"),
         ("qwen3_vl_30b_a3b", {"num_processes": 4, "parallel": {"expert_model_parallel_size": 8}}, "etp * ep * pp"),
         ("qwen3_vl_8b", {"precision": {"fp8": "tensorwise"}, "data": {"seq_length": 4088}}, "padded tokens of a rank"),
+        ("qwen3_vl_8b", {"precision": {"fp8": "tensorwise"}, "model": {"attention_backend": "torch"}},
+         "no fp8 products"),
         ("qwen3_vl_8b", {"model": {"num_layers": 2}}, "num_layers must hold the deepstack levels"),
         ("qwen3_vl_8b", {"model": {"freeze": ["audio"]}}, "only a model with an audio tower"),
         ("qwen3_vl_8b", {"model": {"freeze": ["language", "vision", "projector"]}}, "must be left to train"),

@@ -26,7 +26,7 @@ from tests.models.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 Rows = Callable[[Path], list[dict[str, Any]]]
-ENGINES = ["megatron", "fsdp2"]
+ENGINES = ["megatron", pytest.param("fsdp2", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -360,7 +360,7 @@ def test_metrics_that_are_missing_are_told(
     assert [row["iteration"] for row in rows_of(run)] == [1, 2, 5]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["megatron", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_a_checkpoint_before_its_first_update(
     engine: str,
     site: Site,

@@ -84,7 +84,6 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
 QUICK = {
     ("qwen2_5_vl", "cp2", "rows"),
     ("qwen3_vl", "pp2-first1", "long-rows"),  # deepstack features travel
-    ("qwen3_vl", "tp2sp", "rows"),
     ("qwen3_vl_moe", "ep2-gather", "long-rows"),
 }
 """Of the default run."""

@@ -142,7 +142,7 @@ def test_wrong_number_of_processes_is_refused(site: Site, make_recipe: MakeRecip
 @pytest.mark.parametrize(
     ("checkpoint", "packing"),
     [
-        pytest.param("qwen2_5_vl", False, id="qwen2_5_vl"),
+        pytest.param("qwen2_5_vl", False, id="qwen2_5_vl", marks=pytest.mark.slow),
         pytest.param("qwen3_omni", False, id="qwen3_omni"),
         pytest.param("qwen2_5_vl", True, id="qwen2_5_vl-packed", marks=pytest.mark.slow),
         pytest.param("qwen3_vl", False, id="qwen3_vl", marks=pytest.mark.slow),
@@ -176,7 +176,7 @@ def test_engines_agree_step_by_step(
         assert ("load_balancing_loss" in b["extra"]) == (checkpoint in ("qwen3_vl_moe", "qwen3_omni"))
 
 
-@pytest.mark.parametrize("engine", ["megatron", "fsdp2"])
+@pytest.mark.parametrize("engine", ["megatron", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_the_logged_rate_is_the_schedules_where_every_group_has_a_multiplier(
     engine: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
 ) -> None:
@@ -193,7 +193,7 @@ def test_the_logged_rate_is_the_schedules_where_every_group_has_a_multiplier(
     assert len(set(plain)) > 2
 
 
-@pytest.mark.parametrize("engine", ["megatron", "fsdp2"])
+@pytest.mark.parametrize("engine", ["megatron", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_micro_batching_changes_no_number(
     engine: str, site: Site, make_recipe: MakeRecipe, tmp_path: Path, rows_of: Rows
 ) -> None:
