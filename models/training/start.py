@@ -230,12 +230,22 @@ def _account(info: RunInfo, run: Run, skipped: list[dict[str, str]]) -> None:
 
 @contextmanager
 def _manual_gc(recipe: Recipe) -> Iterator[None]:
-    """Switch automatic collection off while the loop collects by itself."""
+    """Switch automatic collection off while the loop collects by itself.
+
+    What imports and the model left in memory stays while it trains: walked at every collection, it held a step up by
+    0.3 to 0.6 seconds (beside an H200), of which a small model takes six a second.
+    """
     if not recipe.train.manual_gc_interval:
         yield
         return
     gc.disable()
+    is_ours = gc.get_freeze_count() == 0
+    if is_ours:
+        gc.collect()
+        gc.freeze()
     try:
         yield
     finally:
+        if is_ours:
+            gc.unfreeze()
         gc.enable()

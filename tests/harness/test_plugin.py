@@ -96,7 +96,11 @@ def test_wrong_machine_is_one_line_and_its_own_exit_code(suite: Path, tmp_path: 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("options", [("--hw", "h20"), ("-m", "b200"), ("-m", "h20 and qwen2_5_vl")])
+@pytest.mark.parametrize("options", [
+    ("-m", "h20 and qwen2_5_vl"),
+    pytest.param(("--hw", "h20"), marks=pytest.mark.slow),
+    pytest.param(("-m", "b200"), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_wrong_machine_is_never_green(options: tuple[str, ...], suite: Path) -> None:
     assert run_pytest(suite, *options).returncode == 14
 

@@ -90,8 +90,9 @@ def finish_and_count(source: Path, target: Path, monkeypatch) -> tuple[int, int]
 @pytest.mark.parametrize(
     ("name", "whom", "workers"),
     [
-        ("SIGKILL", "parent", 2), ("SIGINT", "group", 2),
-            pytest.param("SIGKILL", "self", 2, marks=pytest.mark.slow),
+        ("SIGKILL", "parent", 2),
+        pytest.param("SIGINT", "group", 2, marks=pytest.mark.slow),
+        pytest.param("SIGKILL", "self", 2, marks=pytest.mark.slow),
         pytest.param("SIGKILL", "self", 1, marks=pytest.mark.slow),
         pytest.param("SIGINT", "self", 1, marks=pytest.mark.slow),
     ],

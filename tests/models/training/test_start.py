@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs in one process: what they leave behind, how they end, and how they go on."""
 
+import gc
 import itertools
 import json
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_train_refuses_a_directory_that_holds_a_run(
         pytest.param(
             "megatron", {"resharding": "any", "async_save": True}, id="megatron-async", marks=pytest.mark.slow
         ),
-        pytest.param("fsdp2", {}, id="fsdp2"),
+        pytest.param("fsdp2", {}, id="fsdp2", marks=pytest.mark.slow),
         pytest.param("fsdp2", {"async_save": True}, id="fsdp2-async", marks=pytest.mark.slow),
     ],
 )
@@ -338,3 +339,34 @@ def test_memory_is_planned_for_the_kernels_that_will_run(
     monkeypatch.setattr(start, "resolve_attention_backend", lambda *_: "torch")
     with pytest.raises(ConfigError, match="does not fit"):
         start.require_memory(auto, sizes, read_launcher_environment())
+
+
+@pytest.fixture
+def nothing_frozen() -> Iterator[None]:
+    """As in a program of its own: the tests have what they imported frozen."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+@pytest.mark.parametrize("is_frozen_before", [False, True])
+def test_collections_meanwhile_do_not_walk_what_was_there(
+    make_recipe: MakeRecipe, *, is_frozen_before: bool
+) -> None:
+    if is_frozen_before:
+        gc.freeze()
+
+    def stopped() -> None:
+        with start._manual_gc(make_recipe()):
+            assert not gc.isenabled()
+            assert gc.get_freeze_count() > 1000
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert gc.isenabled()
+    assert (gc.get_freeze_count() > 0) == is_frozen_before
+    with start._manual_gc(make_recipe(train={"manual_gc_interval": 0})):
+        assert gc.isenabled()

@@ -112,7 +112,9 @@ def test_steps_equal_torch(device: torch.device, distance: int, gradient: torch.
 
 @pytest.mark.parametrize("model", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("distance", [0, 1, 8])
+@pytest.mark.parametrize(
+    "distance", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_whole_steps_equal_torch(
     device: torch.device, distance: int, gradient: torch.dtype, model: torch.dtype
 ) -> None:
