@@ -232,8 +232,8 @@ def _account(info: RunInfo, run: Run, skipped: list[dict[str, str]]) -> None:
 def _manual_gc(recipe: Recipe) -> Iterator[None]:
     """Switch automatic collection off while the loop collects by itself.
 
-    What imports and the model left in memory stays while it trains: walked at every collection, it held a step up by
-    0.3 to 0.6 seconds (beside an H200), of which a small model takes six a second.
+    What imports and the model left in memory stays while it trains. Walked at every collection it held training up for
+    0.3 to 0.6 seconds (beside an H200), in which a small model takes three steps.
     """
     if not recipe.train.manual_gc_interval:
         yield
