@@ -51,3 +51,23 @@ def single_process():
         yield
         parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
+
+
+@pytest.fixture
+def single_gpu():
+    """One NCCL process with megatron-core's groups, on the first GPU, without TF32; taken down after the test."""
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+    from torch import distributed
+
+    if not torch.cuda.is_available():
+        pytest.fail("the tests marked gpu need a CUDA device")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.cuda.set_device(0)
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    distributed.destroy_process_group()

@@ -2,7 +2,6 @@
 """A decoder layer in fp8: the short way against TransformerEngine's modules, which round the same, on a GPU."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,29 +12,13 @@ from torch import Tensor
 from models.common.settings import ModelSettings
 from tests.models.common.fp8_layers import SIZES, decoder_layer
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_gpu")]
 
 NUM_ROWS = 256
 SAME = 1e-2
 """Both round the same values of bf16, which come out of other kernels."""
 FP8 = 0.15
 """How far fp8 is off, squares averaged, at most."""
-
-
-@pytest.fixture(autouse=True)
-def single_gpu() -> Iterator[None]:
-    from megatron.core import parallel_state, tensor_parallel
-    from torch import distributed
-
-    if not torch.cuda.is_available():
-        pytest.fail("the tests marked gpu need a CUDA device")
-    torch.cuda.set_device(0)
-    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    distributed.destroy_process_group()
 
 
 def make_layer(name: str, **changes: Any) -> Any:
